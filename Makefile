@@ -1,0 +1,63 @@
+# Everything runs from the lock file in .venv; a fresh machine needs python3 (3.11+) and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PROTOS := deviceplugin/v1beta1/api.proto podresources/v1/api.proto
+LOCK := uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate
+
+.PHONY: help setup demo test check bench fmt protos locks lock-upgrade readme clean
+.DEFAULT_GOAL := help
+
+help: ## what each target does
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv from the lock file
+
+$(STAMP): requirements-dev.lock pyproject.toml
+	@echo "setting up $(VENV) (once)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "migplugin needs Python 3.11 or newer, this is " + sys.version)'
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes --only-binary :all: -r requirements-dev.lock
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $(STAMP)
+
+demo: $(STAMP) ## the main job on a simulated node with two A100, told with measured times
+	@$(BIN)/migplugin demo
+
+test: $(STAMP) ## all tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP) ## ruff, mypy, import layers, stubs, locks, settings table
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python .ci/generated.py
+
+bench: $(STAMP) ## measure beside a floor: JSON in bench-results/ and a table
+	$(BIN)/python -m benchmarks
+
+fmt: $(STAMP) ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+protos: $(STAMP) ## generate migplugin/_proto from protos/
+	@rm -rf migplugin/_proto && mkdir migplugin/_proto
+	@$(BIN)/python -m grpc_tools.protoc -Imigplugin/_proto=protos --python_out=. --grpc_python_out=. \
+		--plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+		--mypy_out=quiet:. --mypy_grpc_out=quiet,async_only:. $(addprefix protos/,$(PROTOS))
+
+locks: $(STAMP) ## resolve both lock files from pyproject.toml, keeping the versions they hold
+	@$(BIN)/$(LOCK) --extra dev pyproject.toml -o requirements-dev.lock
+	@$(BIN)/$(LOCK) --constraint requirements-dev.lock pyproject.toml -o requirements.lock
+
+lock-upgrade: $(STAMP) ## resolve both lock files anew
+	@$(BIN)/$(LOCK) --upgrade --extra dev pyproject.toml -o requirements-dev.lock
+	@$(BIN)/$(LOCK) --upgrade --constraint requirements-dev.lock pyproject.toml -o requirements.lock
+
+readme: $(STAMP) ## write the settings table of README.md from settings.py
+	@$(BIN)/python .ci/generated.py --write-readme
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) build dist bench-results .mypy_cache .ruff_cache .pytest_cache .hypothesis
