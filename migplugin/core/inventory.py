@@ -1,0 +1,115 @@
+"""Everything that NVML said at one moment, frozen.
+
+What could not be read is None or empty, never a guess: a caller without privilege still gets its
+MIG devices, only without placement. A GPU whose calls fail is not dropped but listed as broken,
+so that nobody takes silence for absence.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NewType
+
+GpuUuid = NewType("GpuUuid", str)
+DeviceId = NewType("DeviceId", str)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """First memory slice and length, in memory slices of the GPU."""
+
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class GpuProfile:
+    """A kind of GPU instance that one GPU offers; `id` means something on this GPU only (nvml.md 3.3)."""
+
+    name: str
+    id: int
+    slices: int
+    memory_mib: int
+    max_instances: int
+    placements: tuple[Placement, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GpuInstance:
+    gi: int
+    profile: str
+    placement: Placement | None
+
+
+@dataclass(frozen=True, slots=True)
+class MigDevice:
+    """A live compute instance in its GPU instance.
+
+    `index` is its slot for NVML's ByIndex call: sparse, and no identity. `gi_minor` and `ci_minor` name
+    the capability nodes.
+    """
+
+    uuid: DeviceId
+    gpu: GpuUuid
+    index: int
+    gi: int
+    ci: int
+    profile: str
+    placement: Placement | None
+    memory_mib: int | None
+    multiprocessors: int | None
+    gi_minor: int | None
+    ci_minor: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One card.
+
+    `mig_enabled` is the current mode (None: not MIG capable), `mig_pending` the one asked for. `minor`
+    is N of /dev/nvidiaN and can differ from `index`. `memory_slices` is the length of the placement
+    grid, 0 where placements are not known.
+    """
+
+    uuid: GpuUuid
+    index: int
+    minor: int
+    pci_address: str
+    numa_node: int | None
+    product: str
+    memory_mib: int
+    mig_enabled: bool | None
+    mig_pending: bool | None
+    memory_slices: int = 0
+    profiles: tuple[GpuProfile, ...] = ()
+    instances: tuple[GpuInstance, ...] = ()
+    devices: tuple[MigDevice, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenGpu:
+    """A GPU whose calls fail; `uuid` is None where even that could not be read."""
+
+    index: int
+    uuid: GpuUuid | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """`unreadable` says in one sentence each what the driver refused to tell, for example placements."""
+
+    driver_version: str
+    gpus: tuple[Gpu, ...]
+    broken: tuple[BrokenGpu, ...] = ()
+    control_nodes: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
+
+    def devices(self) -> Iterator[tuple[Gpu, MigDevice]]:
+        """Every MIG device with its GPU, in order of GPU index, GPU instance and compute instance."""
+        for gpu in self.gpus:
+            for device in gpu.devices:
+                yield gpu, device
+
+    @property
+    def gpu_count(self) -> int:
+        return len(self.gpus) + len(self.broken)
