@@ -47,7 +47,7 @@ class Cell(Generic[T]):
         return True
 
     async def after(self, version: int) -> tuple[int, T]:
-        """The version and value once the version is another than `version`. Values in between may be skipped."""
+        """The version and value once the version is not `version`. Values in between may be skipped."""
         while self._version == version:
             await self._changed.wait()
         return self._version, self._value
@@ -160,7 +160,10 @@ async def first_of(*waits: Coroutine[Any, Any, Any], timeout: float | None = Non
 
 
 async def keep_running(name: str, run: Callable[[], Awaitable[None]], *, longest: float = 30.0) -> None:
-    """Runs `run` again whenever it fails unforeseen, with growing pauses: one loop's bug is not the others' end."""
+    """Runs `run` again whenever it fails unforeseen, with growing pauses.
+
+    One loop's bug is not the others' end.
+    """
     pause = 0.5
     loop = asyncio.get_running_loop()
     while True:
@@ -197,7 +200,7 @@ class DirectoryWatch:
             try:
                 # What happened before the watch stood is found by looking once, now.
                 self._wake()
-                while _identity(self._directory) == seen:  # noqa: ASYNC110  the fallback is a poll
+                while _identity(self._directory) == seen:
                     await asyncio.sleep(1.0)
                     if observer is None:
                         self._wake()

@@ -13,15 +13,17 @@ to the kubelet and its pods (DESIGN 5):
 """
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from migplugin.core.allocation import Offer, Offers
+from migplugin.core.allocation import Offer, OfferedDevice, Offers
 from migplugin.core.inventory import DeviceId, GpuUuid, Inventory
-from migplugin.core.resource import Device, ResourceName, Strategy
+from migplugin.core.resource import GPU, Assignment, Device, ResourceName, Strategy, assign, is_ours
 
 EMPTY_OFFER_KEPT = 60.0
 LEASE_CERTAIN_AFTER = 10.0
+LEASE_CERTAIN_READS = 2
 USAGE_SOONEST = 2.0
 USAGE_LATEST = 30.0
 
@@ -81,15 +83,15 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An id that was offered: its last known device, and since when it is Unhealthy, if it is.
+    """An id that was offered, or that a pod holds: its last known device, and why it is unfit, if it is.
 
     `vanished` is since when it is known not to be there, which is another thing than being sick: a
     device on a GPU that does not answer is not gone.
     """
 
     device: Device
-    sick_since: float | None = None
     sick: str = ""
+    sick_since: float | None = None
     vanished: float | None = None
 
 
@@ -139,60 +141,216 @@ class Outcome:
     warnings: tuple[str, ...] = ()
 
 
+Entries = Mapping[ResourceName, Mapping[DeviceId, Entry]]
+
+
 def decide(world: World) -> Outcome:
     """What to show, what to remember and when to look again, given `world`."""
-    leases, unseen, ended = _age_leases(world)
-    entries, served, warnings = _see(world, leases)
-    entries, blocked = _forget(world, entries, leases)
-    offers, emptied = _show(world, entries, leases)
+    unseen, ended = _age_leases(world)
+    held = world.usage.named | {key for key, answered in world.leases.items() if (key, answered) not in ended}
+    entries, served, warnings = _see(world, held)
+    entries, waiting = _forget(world, entries, held)
+    entries, emptied = _retire(world, entries)
 
-    vanished = [
-        entry.vanished
-        for listed in entries.values()
-        for entry in listed.values()
-        if entry.vanished is not None
-    ]
-    due = [since + world.options.removal_delay for since in vanished]
-    moments = [moment for moment in due if moment > world.now]
-    moments += [since + EMPTY_OFFER_KEPT for since in emptied.values()]
-    if world.driver_failed is not None:
-        moments.append(world.driver_failed + world.options.driver_grace)
-    usage_at = None
-    if vanished:
-        # Soon after a change, seldom when a pod goes on holding what is gone; at once when one falls due.
-        pause = min(max((world.now - max(vanished)) / 2, USAGE_SOONEST), USAGE_LATEST)
-        unread = [moment for moment in due if moment > world.usage.began]
-        usage_at = max(world.usage.began + USAGE_SOONEST, min([world.usage.began + pause, *unread]))
-    if any(
-        entry.vanished is not None and world.usage.checkpoint is Source.FAILED
-        for e in entries.values()
-        for entry in e.values()
-    ):
-        warnings += (
-            "the kubelet's checkpoint cannot be read: devices that are gone stay listed as unhealthy until it can",
-        )
-
-    revisions = dict(world.memory.revisions)
-    for resource in blocked:
-        revisions[resource] = revisions.get(resource, 0) + 1
+    fresh = world.usage.began > world.memory.usage_counted
+    revisions = {
+        # A list that is sent again makes the kubelet rewrite the checkpoint that is in the way.
+        resource: world.memory.revisions.get(resource, 0) + (fresh and resource in waiting)
+        for resource in entries
+    }
     memory = Memory(
         entries=entries,
         emptied=emptied,
-        revisions={resource: n for resource, n in revisions.items() if resource in offers},
+        revisions=revisions,
         unseen_leases=unseen,
         usage_counted=max(world.usage.began, world.memory.usage_counted),
         served_profile=served,
     )
-    control_nodes = world.inventory.control_nodes if world.inventory is not None else ()
-    shown = {
-        resource: Offer(devices, memory.revisions.get(resource, 0))
-        for resource, devices in sorted(offers.items())
+    resources = {
+        resource: Offer(
+            {id_: OfferedDevice(e.device, e.sick) for id_, e in listed.items()}, revisions[resource]
+        )
+        for resource, listed in sorted(entries.items())
     }
+    control_nodes = world.inventory.control_nodes if world.inventory is not None else ()
     return Outcome(
-        Offers(shown, control_nodes),
+        Offers(resources, control_nodes),
         memory,
         ended,
-        min((moment for moment in moments if moment > world.now), default=None),
-        usage_at,
+        _wake_at(world, entries, emptied),
+        _usage_at(world, entries),
         warnings,
     )
+
+
+def _age_leases(world: World) -> tuple[Mapping[tuple[Key, float], int], frozenset[tuple[Key, float]]]:
+    """How often each lease was looked for in vain, and which leases are over.
+
+    A lease is over when a read of usage begun after our answer names the device, or when two begun
+    ten seconds after it do not: the kubelet has then dropped the allocation, or never took it.
+    """
+    usage, fresh = world.usage, world.usage.began > world.memory.usage_counted
+    unseen: dict[tuple[Key, float], int] = {}
+    ended = set()
+    for key, answered in world.leases.items():
+        lease = (key, answered)
+        count = world.memory.unseen_leases.get(lease, 0)
+        if usage.began >= answered and key in usage.named:
+            ended.add(lease)
+            continue
+        if fresh and usage.complete and usage.began >= answered + LEASE_CERTAIN_AFTER:
+            count += 1
+        if count >= LEASE_CERTAIN_READS:
+            ended.add(lease)
+        else:
+            unseen[lease] = count
+    return unseen, frozenset(ended)
+
+
+def _see(world: World, held: AbstractSet[Key]) -> tuple[Entries, str, tuple[str, ...]]:
+    """Every id that lives, was offered, or is held by a pod; the profile that `single` serves; warnings."""
+    known = world.memory.entries
+    if world.inventory is None:
+        assignment = Assignment({}, (), world.memory.served_profile)
+    else:
+        held_profiles = {
+            id_: entry.device.profile for id_, entry in known.get(GPU, {}).items() if (GPU, id_) in held
+        } | {id_: "" for resource, id_ in held if resource == GPU and id_ not in known.get(GPU, {})}
+        assignment = assign(
+            world.inventory,
+            world.options.strategy,
+            served=world.memory.served_profile,
+            held=held_profiles,
+        )
+    driver = _driver_sickness(world)
+    holders_of: dict[DeviceId, list[ResourceName]] = {}
+    for resource, id_ in held:
+        holders_of.setdefault(id_, []).append(resource)
+
+    entries: dict[ResourceName, dict[DeviceId, Entry]] = {resource: {} for resource in known}
+    for resource, devices in assignment.resources.items():
+        for id_, device in devices.items():
+            elsewhere = sorted(other for other in holders_of.get(id_, ()) if other != resource)
+            sick = driver or (f"still held by a pod as {elsewhere[0]}" if elsewhere else "")
+            before = known.get(resource, {}).get(id_)
+            entries.setdefault(resource, {})[id_] = _entry(world, device, sick, before, vanished=False)
+
+    live = {id_: resource for resource, devices in assignment.resources.items() for id_ in devices}
+    remembered = {
+        (resource, id_): entry for resource, listed in known.items() for id_, entry in listed.items()
+    }
+    ours = {key for key in held if is_ours(key[0])}
+    for resource, id_ in sorted(ours | remembered.keys()):
+        if id_ in entries.get(resource, ()):
+            continue
+        before = remembered.get((resource, id_))
+        device = before.device if before is not None else Device(id_, GpuUuid(""), -1, "", None, ())
+        sick, vanished = _absence(world, device, resource, live.get(id_))
+        entries.setdefault(resource, {})[id_] = _entry(
+            world, device, driver or sick, before, vanished=vanished
+        )
+
+    warnings = list(assignment.left_out)
+    if world.inventory is not None:
+        warnings += world.inventory.unreadable
+        warnings += [f"GPU {gpu.index} is left out: {gpu.reason}" for gpu in world.inventory.broken]
+    if _vanished(entries) and world.usage.checkpoint is Source.FAILED:
+        warnings.append(
+            "the kubelet's checkpoint cannot be read: "
+            "devices that are gone stay listed as unhealthy until it can"
+        )
+    return entries, assignment.served_profile, tuple(warnings)
+
+
+def _driver_sickness(world: World) -> str:
+    """Why every device is sick because the driver as a whole is, or ""."""
+    if world.driver_failed is None or world.now < world.driver_failed + world.options.driver_grace:
+        return ""
+    return f"the driver does not answer: {world.driver_error}"
+
+
+def _absence(
+    world: World, device: Device, resource: ResourceName, live_as: ResourceName | None
+) -> tuple[str, bool]:
+    """Why a device is not there to be offered as `resource`, and whether it is known to be gone."""
+    if live_as is not None:
+        return f"no longer offered as {resource} but as {live_as}", True
+    if world.inventory is None:
+        return "the driver has not answered yet", False
+    for gpu in world.inventory.broken:
+        # Without its uuid a broken GPU may be anyone's: then nothing unaccounted for counts as gone.
+        if gpu.uuid == device.gpu or (
+            gpu.uuid is None and device.gpu not in {g.uuid for g in world.inventory.gpus}
+        ):
+            return f"GPU {gpu.index}: {gpu.reason}", False
+    return "gone: no such device on this node now", True
+
+
+def _entry(world: World, device: Device, sick: str, before: Entry | None, *, vanished: bool) -> Entry:
+    since = before.sick_since if before is not None and before.sick else None
+    gone = before.vanished if before is not None else None
+    return Entry(
+        device,
+        sick,
+        (world.now if since is None else since) if sick else None,
+        (world.now if gone is None else gone) if vanished else None,
+    )
+
+
+def _forget(world: World, entries: Entries, held: AbstractSet[Key]) -> tuple[Entries, set[ResourceName]]:
+    """The entries that stay, and the resources where only the checkpoint still names what is long gone."""
+    kept: dict[ResourceName, dict[DeviceId, Entry]] = {}
+    waiting = set()
+    for resource, listed in entries.items():
+        kept[resource] = {}
+        for id_, entry in listed.items():
+            key = (resource, id_)
+            due = None if entry.vanished is None else entry.vanished + world.options.removal_delay
+            past = due is not None and world.now >= due and world.driver_failed is None
+            asked = due is not None and world.usage.complete and world.usage.began >= due
+            if past and asked and key not in held:
+                continue
+            if past and asked and key in world.usage.named and key not in world.usage.named_by_pod_resources:
+                waiting.add(resource)
+            kept[resource][id_] = entry
+    return kept, waiting
+
+
+def _retire(world: World, entries: Entries) -> tuple[Entries, Mapping[ResourceName, float]]:
+    """Without the resources that had no id for a minute, and since when others have none."""
+    emptied = {
+        resource: world.memory.emptied.get(resource, world.now)
+        for resource, listed in entries.items()
+        if not listed
+    }
+    over = {resource for resource, since in emptied.items() if world.now >= since + EMPTY_OFFER_KEPT}
+    return (
+        {resource: listed for resource, listed in entries.items() if resource not in over},
+        {resource: since for resource, since in emptied.items() if resource not in over},
+    )
+
+
+def _vanished(entries: Entries) -> list[float]:
+    return [e.vanished for listed in entries.values() for e in listed.values() if e.vanished is not None]
+
+
+def _wake_at(world: World, entries: Entries, emptied: Mapping[ResourceName, float]) -> float | None:
+    moments = [since + world.options.removal_delay for since in _vanished(entries)]
+    moments += [since + EMPTY_OFFER_KEPT for since in emptied.values()]
+    if world.driver_failed is not None:
+        moments.append(world.driver_failed + world.options.driver_grace)
+    return min((moment for moment in moments if moment > world.now), default=None)
+
+
+def _usage_at(world: World, entries: Entries) -> float | None:
+    """When to ask again who holds what: only while something waits to leave, and never faster than every 2 s.
+
+    Soon after a change, seldom when a pod goes on holding what is gone, and at once when one falls due.
+    """
+    vanished = _vanished(entries)
+    if not vanished:
+        return None
+    began = world.usage.began
+    pause = min(max((world.now - max(vanished)) / 2, USAGE_SOONEST), USAGE_LATEST)
+    due = [since + world.options.removal_delay for since in vanished]
+    return max(began + USAGE_SOONEST, min([began + pause, *(moment for moment in due if moment > began)]))

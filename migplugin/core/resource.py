@@ -60,6 +60,11 @@ def is_valid(name: str) -> bool:
     return 0 < len(suffix) <= 63 and suffix[0].isalnum() and suffix[-1].isalnum()
 
 
+def is_ours(resource: ResourceName) -> bool:
+    """Whether this plugin, or NVIDIA's before it, may have offered `resource`."""
+    return resource == GPU or resource.startswith(DOMAIN + "mig-")
+
+
 def assign(
     inventory: Inventory, strategy: Strategy, *, served: str = "", held: Mapping[DeviceId, str] | None = None
 ) -> Assignment:
