@@ -64,6 +64,7 @@ class EditOptions:
 class Mount:
     host_path: str
     container_path: str
+    read_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)

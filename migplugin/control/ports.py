@@ -1,0 +1,26 @@
+"""What the loops need of the edges; mypy proves in `app` that the edges fit."""
+
+from typing import Protocol
+
+from migplugin.core.decide import Fault, Usage
+from migplugin.core.inventory import Inventory
+
+
+class Driver(Protocol):
+    @property
+    def events_work(self) -> bool:
+        """Whether the driver tells of every change of geometry by itself."""
+
+    async def look(self, *, suspect: bool = False) -> Inventory:
+        """Everything the driver says now; `suspect` where an event said that something changed.
+
+        Raises DriverError, of which DriverTimeout means that it did not answer in time.
+        """
+
+    def faults(self) -> tuple[Fault, ...]:
+        """The XIDs since the last call, merged by scope."""
+
+
+class UsageSource(Protocol):
+    async def read(self, began: float) -> Usage:
+        """Who holds what; `began` is the time before the call, on `World.now`'s clock. Raises nothing."""

@@ -1,0 +1,212 @@
+"""The one loop: look at what may have changed, decide, publish.
+
+Events wake it and carry nothing; what is true is read anew. A change of geometry comes as a burst
+of events, one for each instance, so the first look waits until the burst is over, and at most 200 ms.
+Where events do not work, and against the day when one is lost, it looks by itself now and then.
+
+Grants are written here by Allocate, directly and at once: the next decision finds them as leases.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from migplugin.aio import Cell, first_of
+from migplugin.control.ports import Driver, UsageSource
+from migplugin.core.allocation import Offers
+from migplugin.core.decide import Fault, Key, Options, Outcome, World, decide
+from migplugin.core.inventory import DeviceId, Inventory
+from migplugin.core.resource import ResourceName
+from migplugin.errors import DriverError
+
+log = logging.getLogger(__name__)
+
+DEBOUNCE, DEBOUNCE_LATEST = 0.05, 0.2
+RETRY_SHORTEST, RETRY_LONGEST = 0.5, 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How often to look without being told, in seconds; `poll` None: 60 where events work, 5 where not."""
+
+    poll: float | None = None
+
+    def interval(self, *, events_work: bool) -> float:
+        if self.poll is not None:
+            return self.poll
+        return 60.0 if events_work else 5.0
+
+
+class Reconciler:
+    """Keeps `offers` true. `world` is what the last decision was made of, `outcome` what it said."""
+
+    def __init__(
+        self,
+        driver: Driver,
+        usage: UsageSource,
+        options: Options,
+        pace: Pace,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.offers: Cell[Offers] = Cell(Offers())
+        self.world = World(clock(), options=options)
+        self.outcome: Outcome | None = None
+        self._driver = driver
+        self._usage = usage
+        self._pace = pace
+        self._clock = clock
+        self._leases: dict[Key, float] = {}
+        self._wake = asyncio.Event()
+        self._changed_at: float | None = None
+        self._usage_wanted = True
+        self._look_at = clock()
+        self._retry = RETRY_SHORTEST
+
+    def grant(self, resource: ResourceName, ids: Collection[DeviceId]) -> None:
+        """Remembers that Allocate has just handed out `ids`. There is no await between its check and this."""
+        now = self._clock()
+        self._leases.update(((resource, id_), now) for id_ in ids)
+
+    def geometry_changed(self) -> None:
+        """An event says that instances came or went."""
+        if self._changed_at is None:
+            self._changed_at = self._clock()
+        self._wake.set()
+
+    def fault_arrived(self) -> None:
+        self._wake.set()
+
+    def kubelet_changed(self) -> None:
+        """A new kubelet: who holds what is to be read again."""
+        self._usage_wanted = True
+        self._wake.set()
+
+    async def first(self) -> None:
+        """The first decision: after it `offers` is what the kubelet may be shown."""
+        await self._step()
+
+    async def run(self) -> None:
+        """Runs until cancelled."""
+        while True:
+            await self._wait()
+            await self._step()
+
+    async def _step(self) -> None:
+        now = self._clock()
+        suspect = self._changed_at is not None
+        if suspect or now >= self._look_at:
+            self._changed_at = None
+            await self._look(suspect=suspect)
+        if self._usage_wanted or _is_due(self.outcome, now):
+            self._usage_wanted = False
+            self.world = replace(self.world, usage=await self._usage.read(self._clock()))
+        faults = self._driver.faults()
+        for fault in faults:
+            log.warning(
+                "xid",
+                extra={
+                    "xid": fault.xid,
+                    "gpu": fault.gpu,
+                    "gi": fault.gi,
+                    "ci": fault.ci,
+                    "count": fault.count,
+                },
+            )
+        self._decide(faults)
+
+    def _decide(self, faults: tuple[Fault, ...]) -> None:
+        # From here to the published offers there is no await: Allocate sees the old world or the new one.
+        world = replace(
+            self.world,
+            now=self._clock(),
+            leases=MappingProxyType(dict(self._leases)),
+            faults=faults,
+            memory=self.outcome.memory if self.outcome is not None else self.world.memory,
+        )
+        outcome = decide(world)
+        for key, answered in outcome.ended_leases:
+            if self._leases.get(key) == answered:
+                del self._leases[key]
+        _tell(self.outcome, outcome)
+        self.world, self.outcome = world, outcome
+        self.offers.set(outcome.offers)
+
+    async def _look(self, *, suspect: bool) -> None:
+        before = self.world.inventory
+        try:
+            inventory = await self._driver.look(suspect=suspect)
+        except DriverError as exc:
+            if self.world.driver_failed is None or str(exc) != self.world.driver_error:
+                log.warning("the driver does not answer, will try again", extra={"reason": str(exc)})
+            failed = self.world.driver_failed if self.world.driver_failed is not None else self._clock()
+            self.world = replace(self.world, driver_failed=failed, driver_error=str(exc))
+            self._look_at = self._clock() + self._retry
+            self._retry = min(2 * self._retry, RETRY_LONGEST)
+            return
+        if self.world.driver_failed is not None:
+            log.info("the driver answers")
+        self.world = replace(self.world, inventory=inventory, driver_failed=None, driver_error="")
+        self._look_at = self._clock() + self._pace.interval(events_work=self._driver.events_work)
+        self._retry = RETRY_SHORTEST
+        _tell_geometry(before, inventory)
+
+    async def _wait(self) -> None:
+        """Until there is something to do."""
+        outcome = self.outcome
+        moments = [self._look_at]
+        if outcome is not None:
+            moments += [moment for moment in (outcome.wake_at, outcome.usage_at) if moment is not None]
+        await first_of(self._wake.wait(), timeout=max(min(moments) - self._clock(), 0.0))
+        self._wake.clear()
+        latest = None if self._changed_at is None else self._changed_at + DEBOUNCE_LATEST
+        while latest is not None and (left := latest - self._clock()) > 0:
+            await first_of(self._wake.wait(), timeout=min(DEBOUNCE, left))
+            if not self._wake.is_set():
+                break
+            self._wake.clear()
+
+
+def _is_due(outcome: Outcome | None, now: float) -> bool:
+    return outcome is not None and outcome.usage_at is not None and now >= outcome.usage_at
+
+
+def _tell_geometry(before: Inventory | None, after: Inventory) -> None:
+    old = {} if before is None else {device.uuid: (gpu, device) for gpu, device in before.devices()}
+    new = {device.uuid: (gpu, device) for gpu, device in after.devices()}
+    if before is None:
+        log.info(
+            "inventory",
+            extra={"driver": after.driver_version, "gpus": len(after.gpus), "mig_devices": len(new)},
+        )
+        return
+    for found, phrase, other in ((old, "mig device gone", new), (new, "mig device appeared", old)):
+        for id_, (gpu, device) in found.items():
+            if id_ not in other:
+                log.info(phrase, extra={"device": id_, "gpu": gpu.index, "profile": device.profile})
+
+
+def _tell(before: Outcome | None, after: Outcome) -> None:
+    """One line for each warning that is new and each resource whose numbers changed."""
+    old: Mapping[ResourceName, tuple[int, int]] = _counts(before)
+    new = _counts(after)
+    for warning in after.warnings:
+        if before is None or warning not in before.warnings:
+            log.warning("attention", extra={"reason": warning})
+    for resource in sorted(old.keys() | new.keys()):
+        if old.get(resource) != new.get(resource):
+            healthy, unhealthy = new.get(resource, (0, 0))
+            log.info("offer", extra={"resource": resource, "healthy": healthy, "unhealthy": unhealthy})
+
+
+def _counts(outcome: Outcome | None) -> dict[ResourceName, tuple[int, int]]:
+    if outcome is None:
+        return {}
+    counts = {}
+    for resource, offer in outcome.offers.resources.items():
+        healthy = sum(device.healthy for device in offer.devices.values())
+        counts[resource] = (healthy, len(offer.devices) - healthy)
+    return counts

@@ -1,0 +1,210 @@
+"""Every offered resource, served and registered, through every life of the kubelet.
+
+One task per resource goes round: wait for a kubelet, look that nobody else serves this name, serve on
+a new socket, register, stay until something ends it, stop, again. What ends it: the kubelet made a
+new socket (a new incarnation), our own socket is gone from the directory, or the list stream ended
+while the kubelet is there. Registering again starts with stopping the old server, since the kubelet
+disconnects whoever is current when any stream of the resource ends (kubelet.md 1.5).
+
+A resource is served for as long as it is offered. Its last list is sent by the decision, which
+offers it empty for a minute; here nothing is ever taken from a list.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+from migplugin._proto.deviceplugin.v1beta1 import api_pb2, api_pb2_grpc
+from migplugin.aio import Cell, DirectoryWatch, first_of, keep_running
+from migplugin.core.allocation import EditOptions, Offers
+from migplugin.core.resource import ResourceName
+from migplugin.errors import KubeletError
+from migplugin.kubelet import sockets
+from migplugin.kubelet.deviceplugin import DevicePlugin, Grant, Server
+
+log = logging.getLogger(__name__)
+
+Incarnation = tuple[int, int, int]
+
+REGISTER_TIMEOUT = 15.0  # the kubelet dials back for 10 s before it says why it could not
+LISTED_WITHIN = 5.0
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
+SETTLED_AFTER = 10.0  # a registration that held this long starts the pauses anew
+LOOK_EVERY = 5.0  # inotify tells of a new kubelet at once; this is for the day when it does not
+STOP_WITHIN = 1.0
+
+
+class Manager:
+    """Serves `offers` to the kubelet at `kubelet_socket`; `incarnation` tells others of a new kubelet."""
+
+    def __init__(
+        self,
+        kubelet_socket: Path,
+        offers: Cell[Offers],
+        options: EditOptions,
+        grant: Grant,
+        *,
+        preferred: Callable[[], bool],
+    ) -> None:
+        self.incarnation: Cell[Incarnation | None] = Cell(None)
+        self._socket = kubelet_socket
+        self._offers = offers
+        self._options = options
+        self._grant = grant
+        self._preferred = preferred
+        self._stopping = asyncio.Event()
+        self._tasks: dict[ResourceName, asyncio.Task[None]] = {}
+        self._looks = 0
+        self._looked = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serves until `stop`; afterwards all streams have ended and all our sockets are gone."""
+        self._look()
+        watch = asyncio.ensure_future(
+            keep_running("fswatch", DirectoryWatch(self._socket.parent, self._look).run)
+        )
+        try:
+            version = -1
+            while not self._stopping.is_set():
+                if version != self._offers.version:
+                    version = self._offers.version
+                    self._follow(self._offers.value)
+                await first_of(self._offers.after(version), self._stopping.wait(), timeout=LOOK_EVERY)
+                self._look()
+        finally:
+            watch.cancel()
+            tasks = (watch, *self._tasks.values())
+            # Each ends by itself, but one that is just asking a hung kubelet would take its whole deadline.
+            await asyncio.wait(tasks, timeout=STOP_WITHIN)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    def _look(self) -> None:
+        """Notices a new kubelet, and lets every resource look whether its own socket is still there."""
+        self.incarnation.set(_incarnation(self._socket))
+        looked, self._looked = self._looked, asyncio.Event()
+        looked.set()
+
+    def _follow(self, offers: Offers) -> None:
+        for resource in offers.resources:
+            task = self._tasks.get(resource)
+            if task is None or task.done():
+                self._tasks[resource] = asyncio.ensure_future(
+                    keep_running(f"serve {resource}", lambda name=resource: self._serve(name))  # type: ignore[misc]
+                )
+        self._tasks = {name: task for name, task in self._tasks.items() if not task.done()}
+
+    def _is_wanted(self, resource: ResourceName) -> bool:
+        return not self._stopping.is_set() and resource in self._offers.value.resources
+
+    async def _serve(self, resource: ResourceName) -> None:
+        """Goes round until the resource is offered no more."""
+        pause, said = SHORTEST_PAUSE, ""
+        loop = asyncio.get_running_loop()
+        while self._is_wanted(resource):
+            incarnation = self.incarnation.value
+            began = loop.time()
+            try:
+                await self._once(resource)
+                reason = ""
+            except KubeletError as exc:
+                reason = str(exc)
+            if not self._is_wanted(resource):
+                break
+            if self.incarnation.value != incarnation or loop.time() - began > SETTLED_AFTER:
+                pause = SHORTEST_PAUSE
+            if self.incarnation.value != incarnation:
+                continue
+            if reason and reason != said:
+                log.warning(
+                    "not registered, will try again",
+                    extra={"resource": resource, "reason": reason, "retry_in": pause},
+                )
+                said = reason
+            spread = pause * random.uniform(0.8, 1.2)  # noqa: S311  not a secret
+            await first_of(
+                self.incarnation.after(self.incarnation.version), self._stopping.wait(), timeout=spread
+            )
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def _once(self, resource: ResourceName) -> None:
+        """One registration, from the look at the directory to whatever ends it.
+
+        Raises KubeletError where it could not be made, or ended though the kubelet is there.
+        """
+        if self.incarnation.value is None or not sockets.is_served(self._socket):
+            raise KubeletError(sockets.explain(self._socket) or f"{self._socket}: not there a moment ago")
+        other = sockets.other_plugin(self._socket.parent, resource)
+        if other is not None:
+            raise KubeletError(
+                f"NVIDIA's device plugin serves {resource} at {other}: two plugins drive a resource to 0, "
+                "so remove the DaemonSet nvidia-device-plugin-daemonset (or its node label) first"
+            )
+        plugin = DevicePlugin(resource, self._offers, self._options, self._grant, preferred=self._preferred())
+        server = Server(plugin, self._socket.parent)
+        incarnation = self.incarnation.value
+        try:
+            await server.start()
+            await self._register(server)
+            log.info("registered", extra={"resource": resource, "socket": server.path.name})
+            await self._stay(server, incarnation)
+        finally:
+            # Also when cancelled: a stream left open, or a socket left behind, outlives us at the kubelet.
+            await asyncio.shield(server.stop())
+
+    async def _stay(self, server: Server, incarnation: Incarnation) -> None:
+        """Returns when this registration has to end, and raises KubeletError when it ended by itself."""
+        plugin = server.plugin
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(plugin.listed.wait(), LISTED_WITHIN)
+        if not plugin.listed.is_set():
+            raise KubeletError(f"{plugin.resource}: registered, but the kubelet did not ask for the list")
+        while self._is_wanted(plugin.resource) and not plugin.stream_ended.is_set():
+            if self.incarnation.value != incarnation or not server.is_reachable():
+                log.info("the kubelet restarted, registering again", extra={"resource": plugin.resource})
+                return
+            await first_of(
+                self._looked.wait(),
+                plugin.stream_ended.wait(),
+                self._stopping.wait(),
+                self._offers.after(self._offers.version),
+            )
+        if self._is_wanted(plugin.resource) and self.incarnation.value == incarnation:
+            self._look()
+            if self.incarnation.value == incarnation:
+                raise KubeletError(f"{plugin.resource}: the kubelet ended the list stream")
+
+    async def _register(self, server: Server) -> None:
+        resource = server.plugin.resource
+        request = api_pb2.RegisterRequest(
+            version="v1beta1", endpoint=server.path.name, resource_name=resource
+        )
+        options = (("grpc.default_authority", "localhost"),)
+        async with grpc.aio.insecure_channel(f"unix:{self._socket}", options=options) as channel:
+            try:
+                await api_pb2_grpc.RegistrationStub(channel).Register(request, timeout=REGISTER_TIMEOUT)
+            except grpc.aio.AioRpcError as exc:
+                why = (
+                    sockets.explain(self._socket)
+                    or f"the kubelet refused: {exc.details() or exc.code().name}"
+                )
+                raise KubeletError(f"{resource}: {why}") from exc
+
+
+def _incarnation(path: Path) -> Incarnation | None:
+    """What tells one life of the kubelet from the next: its inode alone may be the same (kubelet.md 1.2)."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns, found.st_mtime_ns
