@@ -1,1 +1,126 @@
-def main() -> None: ...
+"""The words of the command line: each command is a call into `app`, and there is no logic here.
+
+Flags come from the settings table, and a room is imported by the command that needs it: `serve` must
+start fast, and `--help` faster.
+"""
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from migplugin import __version__
+from migplugin.errors import InputError, MigpluginError
+from migplugin.settings import SERVE, STATUS, TABLE, Setting, resolve
+
+
+class _Lazy(click.Group):
+    """A group whose `sim` command is imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), "sim"])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name == "sim":
+            from migplugin.sim.commands import sim  # noqa: PLC0415
+
+            return sim
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, "-V", "--version", message="migplugin %(version)s")
+def cli() -> None:
+    """NVIDIA MIG on Kubernetes as a live resource.
+
+    Try it without a GPU: `migplugin demo`, or `migplugin status --simulate '1xa100-40gb=1g.5gb*7'`.
+    """
+
+
+def _options(command: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for setting in reversed(TABLE):
+            if command in setting.commands:
+                function = _option(setting)(function)
+        return function
+
+    return decorate
+
+
+def _option(setting: Setting) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    given = [f"environment: {', '.join(setting.env)}"] if setting.env else []
+    given += [f"default: {setting.default}"] if setting.default else []
+    text = setting.help.replace("`", "") + (f"  [{'; '.join(given)}]" if given else "")
+    alone = {"is_flag": False, "flag_value": "true"} if setting.is_switch else {}
+    return click.option(
+        setting.flag,
+        *setting.aliases,
+        setting.name,
+        default=None,
+        metavar=setting.metavar,
+        help=text,
+        **alone,
+    )
+
+
+@cli.command()
+@_options(SERVE)
+def serve(**flags: str | None) -> None:
+    """Serve this node's MIG devices to the kubelet, until SIGTERM."""
+    settings = resolve(flags, os.environ)
+    from migplugin.telemetry.log import configure  # noqa: PLC0415
+
+    configure(settings.log_level, settings.log_format)
+    from migplugin import app  # noqa: PLC0415
+
+    sys.exit(asyncio.run(app.serve(settings)))
+
+
+@cli.command()
+@_options(STATUS)
+@click.option(
+    "-o", "--output", type=click.Choice(["table", "json"]), default="table", help="How to print it."
+)
+@click.option("--no-color", is_flag=True, help="Plain text; NO_COLOR in the environment does the same.")
+def status(output: str, no_color: bool, **flags: str | None) -> None:
+    """Show this node's GPUs, what sits in them, and who holds it."""
+    settings = resolve(flags, os.environ)
+    from migplugin import app  # noqa: PLC0415
+
+    color = sys.stdout.isatty() and not no_color and not os.environ.get("NO_COLOR")
+    click.echo(asyncio.run(app.status(settings, as_json=output == "json", color=color)))
+
+
+@cli.command()
+def demo() -> None:
+    """Show the main job on a simulated node with two A100, within half a minute."""
+    from migplugin.sim.demo import run  # noqa: PLC0415
+
+    sys.exit(run())
+
+
+def main() -> None:
+    """Every foreseeable failure is one line on stderr and an exit code: 1 failed, 2 wrong input."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        code = 130
+    except click.ClickException as exc:
+        exc.show()
+        code = exc.exit_code
+    except InputError as exc:
+        code = _fail(str(exc), 2)
+    except MigpluginError as exc:
+        code = _fail(str(exc), 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(reason: str, code: int) -> int:
+    click.echo(f"migplugin: {reason}", err=True)
+    return code

@@ -267,7 +267,7 @@ def markdown_table() -> str:
     lines = ["| flag | environment | default | what it does |", "|---|---|---|---|"]
     for setting in TABLE:
         flags = ", ".join(f"`{flag}`" for flag in (setting.flag, *setting.aliases))
-        envs = ", ".join(f"`{name}`" for name in setting.env) or "–"
+        envs = ", ".join(f"`{name}`" for name in setting.env) or "-"
         default = f"`{setting.default}`" if setting.default else "unset"
         lines.append(f"| {flags} | {envs} | {default} | {setting.help} |")
     return "\n".join(lines) + "\n"

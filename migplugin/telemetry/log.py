@@ -4,7 +4,7 @@ Every module logs with the standard library and puts its fields into `extra`; wh
 beyond the standard attributes is a field. One line for each change, never for each poll.
 """
 
-import datetime
+import datetime as dt
 import json
 import logging
 import sys
@@ -29,7 +29,7 @@ def _fields(record: logging.LogRecord) -> dict[str, object]:
 
 
 def _time(record: logging.LogRecord) -> str:
-    moment = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+    moment = dt.datetime.fromtimestamp(record.created, dt.UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 

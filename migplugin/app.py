@@ -1,0 +1,198 @@
+"""Where everything is put together: builds every part, starts and stops them in order.
+
+Start: node lock, driver and its events, first look, who holds what, first decision, kubelet. Stop in
+reverse, sockets first. Rooms that do not know each other meet here, and mypy sees whether they fit.
+Imports that only one command needs are made by that command: starting fast is a feature.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from migplugin import __version__
+from migplugin.aio import keep_running
+from migplugin.control.reconciler import Pace, Reconciler
+from migplugin.core.allocation import EditOptions
+from migplugin.core.decide import Options
+from migplugin.core.resource import Strategy
+from migplugin.errors import DriverError
+from migplugin.kubelet.podresources import CHECKPOINT_NAME, UsageReader
+from migplugin.kubelet.sockets import NodeLock, remove_stale
+from migplugin.nvml.driver import Driver
+from migplugin.settings import Settings
+
+log = logging.getLogger(__name__)
+
+OK, FAILED, USAGE, NO_DRIVER, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+@dataclass(frozen=True, slots=True)
+class Roots:
+    """Where the driver and its files are found: on this machine, or in the simulation.
+
+    `dev` is the directory with `dev/` as we see it, `host_dev` the same as the host sees it.
+    """
+
+    library: object | None
+    proc: Path
+    sysfs: Path
+    dev: Path
+    host_dev: str
+
+
+@contextlib.contextmanager
+def roots(settings: Settings) -> Iterator[Roots]:
+    """The real roots of `settings`, or those of the simulation it asks for, which ends with the context.
+
+    Raises InputError or SimulatorError for a simulation that cannot be made.
+    """
+    if not settings.simulate:
+        seen = (Path(settings.dev_root or "/"), settings.driver_root_ctr_path)
+        dev = next((root for root in seen if (root / "dev").is_dir()), Path("/"))
+        yield Roots(None, settings.proc_root, settings.sysfs_root, dev, settings.host_dev_root)
+        return
+    from migplugin.sim.driver import Simulation  # noqa: PLC0415  the practice ground stays out of production
+
+    with Simulation.open(settings.simulate) as simulation:
+        log.warning(
+            "SIMULATED driver: none of these GPUs exists",
+            extra={"state": str(simulation.state_dir), "spec": settings.simulate},
+        )
+        dev = Path(settings.dev_root or simulation.dev_root)
+        proc = simulation.proc_root if settings.proc_root == Path("/proc") else settings.proc_root
+        sysfs = simulation.sysfs_root if settings.sysfs_root == Path("/sys") else settings.sysfs_root
+        yield Roots(simulation.library, proc, sysfs, dev, str(dev))
+
+
+async def serve(settings: Settings) -> int:
+    """Runs the agent until SIGTERM (answers 0) or SIGINT (130); 3 where the driver must be there and is not.
+
+    Raises InputError or SimulatorError for a simulation that cannot be made.
+    """
+    stop = _stop_on_signals()
+    log.info("starting", extra={"version": __version__, "strategy": settings.mig_strategy})
+    with contextlib.ExitStack() as stack:
+        where = stack.enter_context(roots(settings))
+        lock = NodeLock(settings.kubelet_socket.parent)
+        stack.callback(lock.release)
+        if not await _unless(stop, lock.acquire()):
+            return stop.result()
+        if removed := remove_stale(settings.kubelet_socket.parent):
+            log.info("removed stale sockets of ours", extra={"count": removed})
+        driver = _driver(
+            settings,
+            where,
+            on_geometry=lambda: reconciler.geometry_changed(),  # noqa: PLW0108  made after the driver
+            on_fault=lambda: reconciler.fault_arrived(),  # noqa: PLW0108
+        )
+        reconciler = Reconciler(driver, _usage(settings), _options(settings), Pace(settings.poll_interval))
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reconciler.geometry_changed)
+        try:
+            if settings.fail_on_init_error and (reason := await _missing_driver(driver)):
+                log.error("no driver, and --fail-on-init-error asks to exit", extra={"reason": reason})
+                return NO_DRIVER
+            if not await _unless(stop, reconciler.first()):
+                return stop.result()
+            return await _serve(settings, where, reconciler, stop)
+        finally:
+            await driver.close()
+
+
+async def _serve(settings: Settings, where: Roots, reconciler: Reconciler, stop: asyncio.Future[int]) -> int:
+    from migplugin.kubelet.manager import Manager  # noqa: PLC0415  grpc is imported while the driver is asked
+
+    def more_than_one_gpu() -> bool:
+        # By what the node could offer, not by today's geometry: options are fixed at registration.
+        inventory = reconciler.world.inventory
+        return inventory is None or inventory.gpu_count > 1
+
+    async def follow_kubelet() -> None:
+        version = manager.incarnation.version
+        while True:
+            version, _ = await manager.incarnation.after(version)
+            reconciler.kubelet_changed()
+
+    strategies = frozenset(settings.device_list_strategy)
+    edits = EditOptions(strategies, settings.pass_device_specs, where.host_dev)
+    manager = Manager(
+        settings.kubelet_socket, reconciler.offers, edits, reconciler.grant, preferred=more_than_one_gpu
+    )
+    loops = [
+        asyncio.ensure_future(keep_running("reconciler", reconciler.run)),
+        asyncio.ensure_future(follow_kubelet()),
+    ]
+    serving = asyncio.ensure_future(keep_running("manager", manager.run))
+    await stop
+    began = time.monotonic()
+    manager.stop()
+    await serving
+    for loop in loops:
+        loop.cancel()
+    await asyncio.gather(*loops, return_exceptions=True)
+    log.info("stopped", extra={"seconds": time.monotonic() - began})
+    return stop.result()
+
+
+def _driver(
+    settings: Settings, where: Roots, on_geometry: Callable[[], None], on_fault: Callable[[], None]
+) -> Driver:
+    library = where.library
+    return Driver(
+        library=None if library is None else lambda: library,
+        search=settings.driver_root_ctr_path,
+        proc_root=where.proc,
+        sysfs_root=where.sysfs,
+        dev_root=where.dev,
+        deadline=settings.nvml_timeout,
+        on_geometry=on_geometry,
+        on_fault=on_fault,
+    )
+
+
+def _usage(settings: Settings) -> UsageReader:
+    return UsageReader(settings.kubelet_socket.parent / CHECKPOINT_NAME, settings.pod_resources_socket)
+
+
+def _options(settings: Settings) -> Options:
+    return Options(Strategy(settings.mig_strategy), settings.removal_delay, settings.driver_grace)
+
+
+async def _missing_driver(driver: Driver) -> str:
+    """Why there is no driver, or ""."""
+    try:
+        await driver.look()
+    except DriverError as exc:
+        return str(exc)
+    return ""
+
+
+def _stop_on_signals() -> asyncio.Future[int]:
+    """Done with the exit code when a signal asks to stop."""
+    loop = asyncio.get_running_loop()
+    stop: asyncio.Future[int] = loop.create_future()
+
+    def ask(name: str, code: int) -> None:
+        if not stop.done():
+            log.info("stopping", extra={"signal": name})
+            stop.set_result(code)
+
+    loop.add_signal_handler(signal.SIGTERM, ask, "SIGTERM", OK)
+    loop.add_signal_handler(signal.SIGINT, ask, "SIGINT", INTERRUPTED)
+    return stop
+
+
+async def _unless(stop: asyncio.Future[int], work: Coroutine[object, object, None]) -> bool:
+    """Whether `work` was finished before somebody asked to stop; else it is cancelled."""
+    task = asyncio.ensure_future(work)
+    await asyncio.wait((stop, task), return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        task.result()
+        return not stop.done()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return False
