@@ -15,9 +15,8 @@ BEGIN, END = "<!-- settings: made by `make readme` -->\n", "<!-- end of settings
 
 
 def make(target: str, where: Path) -> None:
-    subprocess.run(
-        ["make", "-s", target, f"BIN={ROOT / '.venv/bin'}", "STAMP=Makefile"], cwd=where, check=True
-    )
+    command = ["make", "-s", "-o", ".venv/.installed", target, f"BIN={ROOT / '.venv/bin'}"]
+    subprocess.run(command, cwd=where, check=True)
 
 
 def differing(one: Path, other: Path) -> list[str]:
