@@ -88,10 +88,10 @@ def parse_duration(text: str) -> float:
     """Seconds of "3s", "500ms", "1m30s" or a plain number of seconds. Raises ValueError."""
     position, seconds = 0, 0.0
     while match := _DURATION.match(text, position):
+        if not match[2] and match[0] != text:
+            break  # a number without a unit stands alone
         seconds += float(match[1]) * _UNITS[match[2] or ""]
         position = match.end()
-        if not match[2]:
-            break
     if not text or position != len(text) or seconds > 10 * 365 * 24 * 3600:
         raise ValueError('expected a duration such as "30s", "500ms" or "1m30s"')
     return seconds
