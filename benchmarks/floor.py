@@ -54,6 +54,11 @@ class Plugin(api_pb2_grpc.DevicePluginServicer):
             answer.container_responses.add(envs={"NVIDIA_VISIBLE_DEVICES": ",".join(container.devices_ids)})
         return answer
 
+    async def PreStartContainer(
+        self, request: api_pb2.PreStartContainerRequest, context: object
+    ) -> api_pb2.PreStartContainerResponse:
+        return api_pb2.PreStartContainerResponse()
+
 
 async def main(kubelet_socket: Path, resources: dict[str, list[str]]) -> None:
     stop = asyncio.Event()

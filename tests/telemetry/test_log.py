@@ -41,7 +41,7 @@ def test_json_is_one_object_a_line() -> None:
 def test_a_failure_carries_its_traceback_in_both_forms() -> None:
     code = (
         "import logging, sys; from migplugin.telemetry.log import configure; configure('info', sys.argv[1])\n"
-        "try: 1/0\nexcept ZeroDivisionError: logging.getLogger('m').exception('unexpected', extra={'task': 't'})"
+        "try: 1/0\nexcept ZeroDivisionError: logging.getLogger('m').exception('odd', extra={'task': 't'})"
     )
     for form in ("text", "json"):
         done = subprocess.run([sys.executable, "-c", code, form], capture_output=True, text=True, check=True)
