@@ -1,0 +1,268 @@
+"""One simulated driver for many processes: a versioned JSON file, a lock, and a journal of events beside it.
+
+`state.json` is the truth. Whoever changes it holds `flock` on `lock`, writes a new file and renames it,
+so a reader never sees half a state and a writer killed at any point leaves the old one or the new one.
+Reading is one stat(2) while nothing changes. The cache key needs care: inode numbers are reused at once
+and the kernel's clock ticks every few milliseconds, so a writer stamps each file with a strictly growing
+mtime.
+
+Events go to `events.jsonl`, which only grows at its end until it is cut to its younger half. The state
+is renamed *first*, carrying the change's events in its `outbox`, and the journal is appended after: a
+writer that dies in between loses nothing, because readers look in both places and the next writer
+completes the journal. Waiting is inotify on the directory, where the one thing that happens without
+noise is that rename. Nothing here ever polls on a timer.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import math
+import os
+import select
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from migplugin.errors import SimulatorError
+from migplugin.sim import files
+from migplugin.sim.model import Node
+from migplugin.sim.records import FORMAT, Event, NodeRecord
+
+JOURNAL_LIMIT = 256 * 1024  # bytes: some 3,000 events
+
+_IN_MOVED_TO = 0x80
+_IN_DELETE_SELF = 0x400
+
+
+class Store:
+    """The state directory of one simulated driver. Safe to share between threads and processes."""
+
+    def __init__(self, state_dir: str | os.PathLike[str]) -> None:
+        self.state_dir = Path(state_dir)
+        self._state = self.state_dir / "state.json"
+        self._journal = self.state_dir / "events.jsonl"
+        self._doubt = self.state_dir / "files.changing"
+        self._cached: tuple[tuple[int, int, int], Node] | None = None
+
+    @property
+    def exists(self) -> bool:
+        return self._state.exists()
+
+    def create(self, node: Node) -> None:
+        """Write a new node here. The journal starts empty and the files are made; SimulatorError if one exists."""
+        try:
+            self.state_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise SimulatorError(f"cannot make the state directory {self.state_dir}: {exc.strerror}") from exc
+        with self._locked():
+            if self.exists:
+                raise SimulatorError(
+                    f"{self.state_dir} already holds a simulated driver; remove it, or use it as it is"
+                )
+            node.record.outbox = []
+            files.apply(files.plan(node), {}, self.state_dir)
+            self._write(node.record)
+
+    def read(self) -> Node:
+        """The node as it is. The same object until something changes it: look, and do not touch."""
+        try:
+            stat = self._state.stat()
+            key = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+            cached = self._cached
+            if cached is not None and cached[0] == key:
+                return cached[1]
+            with self._state.open("rb") as file:
+                stat = os.fstat(file.fileno())
+                node = Node(self._decode(file.read()))
+        except FileNotFoundError:
+            raise SimulatorError(
+                f"there is no simulated driver in {self.state_dir}; make one with: migplugin sim --state "
+                f"{self.state_dir} init SPEC"
+            ) from None
+        except OSError as exc:
+            raise SimulatorError(
+                f"the simulator's state {self._state} cannot be read: {exc.strerror}"
+            ) from exc
+        self._cached = ((stat.st_ino, stat.st_mtime_ns, stat.st_size), node)
+        return node
+
+    @contextlib.contextmanager
+    def change(self) -> Iterator[Node]:
+        """The node, to be changed under the lock. Published when the block ends, dropped if it raises."""
+        with self._locked():
+            try:
+                node = Node(self._decode(self._state.read_bytes()))
+            except FileNotFoundError:
+                node = self.read()  # raises the error that says what to do
+            self._complete_journal(node.record)
+            node.record.outbox = []
+            before = msgspec.json.encode(node.record)
+            files_before = self._present(node)
+            yield node
+            if msgspec.json.encode(node.record) == before:
+                return
+            node.record.outbox = node.journal
+            # Files first: who is woken by the new state must find them as the state says.
+            wanted = files.plan(node)
+            if wanted != files_before:
+                self._doubt.touch()
+                files.apply(wanted, files_before, self.state_dir)
+            self._write(node.record)
+            self._doubt.unlink(missing_ok=True)
+            self._append(node.journal)
+
+    def refresh_files(self) -> None:
+        """Derive the files again from the state, whatever lies there: a person may have removed some."""
+        self.read()
+        with self._locked():
+            node = Node(self._decode(self._state.read_bytes()))
+            self._complete_journal(node.record)
+            wanted = files.plan(node)
+            files.apply(wanted, files.present(self.state_dir, wanted), self.state_dir)
+            self._doubt.unlink(missing_ok=True)
+
+    def events_after(self, seq: int) -> list[Event]:
+        """Every event younger than `seq` that the journal still holds, oldest first."""
+        record = self.read().record
+        outbox = record.outbox
+        if record.last_seq <= seq or (outbox and outbox[0].seq <= seq + 1):
+            return [event for event in outbox if event.seq > seq]
+        found = {event.seq: event for event in self._read_journal() if event.seq > seq}
+        found |= {event.seq: event for event in outbox if event.seq > seq}
+        return [found[key] for key in sorted(found)]
+
+    # -- writing ------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            fd = os.open(self.state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            raise SimulatorError(f"there is no simulated driver in {self.state_dir}") from None
+        except OSError as exc:
+            raise SimulatorError(
+                f"cannot lock the simulator's state in {self.state_dir}: {exc.strerror}"
+            ) from exc
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def _present(self, node: Node) -> files.Plan:
+        """The files that are there: as the state says, unless a writer died while it changed them."""
+        wanted = files.plan(node)
+        return files.present(self.state_dir, wanted) if self._doubt.exists() else wanted
+
+    def _write(self, record: NodeRecord) -> None:
+        scratch = self.state_dir / "state.json.new"
+        stamp = time.time_ns()
+        with contextlib.suppress(FileNotFoundError):
+            stamp = max(stamp, self._state.stat().st_mtime_ns + 1)
+        try:
+            scratch.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1))
+            os.utime(scratch, ns=(stamp, stamp))
+            scratch.replace(self._state)
+        except OSError as exc:
+            raise SimulatorError(
+                f"the simulator's state {self._state} cannot be written: {exc.strerror}"
+            ) from exc
+
+    def _append(self, events: list[Event]) -> None:
+        if not events:
+            return
+        lines = b"".join(msgspec.json.encode(event) + b"\n" for event in events)
+        with self._journal.open("ab") as file:
+            file.write(lines)
+            size = file.tell()
+        if size > JOURNAL_LIMIT:
+            kept = self._journal.read_bytes()[-JOURNAL_LIMIT // 2 :].partition(b"\n")[2]
+            scratch = self.state_dir / "events.jsonl.new"
+            scratch.write_bytes(kept)
+            scratch.replace(self._journal)
+
+    def _complete_journal(self, record: NodeRecord) -> None:
+        """Mend what a killed writer left: a torn last line, or events that only the outbox has."""
+        if not record.outbox:
+            return
+        raw = self._raw_journal()
+        if raw and not raw.endswith(b"\n"):
+            whole = raw.rpartition(b"\n")
+            with self._journal.open("r+b") as file:
+                file.truncate(len(whole[0]) + len(whole[1]))
+        last = max((event.seq for event in self._read_journal()), default=0)
+        self._append([event for event in record.outbox if event.seq > last])
+
+    # -- reading ------------------------------------------------------------------------------------
+
+    def _raw_journal(self) -> bytes:
+        try:
+            return self._journal.read_bytes()
+        except FileNotFoundError:
+            return b""
+
+    def _read_journal(self) -> list[Event]:
+        events = []
+        for line in self._raw_journal().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                with contextlib.suppress(msgspec.MsgspecError):
+                    events.append(msgspec.json.decode(line, type=Event))
+        return events
+
+    def _decode(self, raw: bytes) -> NodeRecord:
+        try:
+            found = msgspec.json.decode(raw, type=_Versioned).version
+            if found != FORMAT:
+                raise SimulatorError(
+                    f"the simulator's state {self._state} has format {found}, this program reads {FORMAT}; remove "
+                    f"{self.state_dir} and make it anew"
+                )
+            return msgspec.json.decode(raw, type=NodeRecord)
+        except msgspec.MsgspecError as exc:
+            raise SimulatorError(
+                f"the simulator's state {self._state} is damaged ({exc}); remove {self.state_dir} and make it anew"
+            ) from exc
+
+
+class _Versioned(msgspec.Struct):
+    version: int
+
+
+class Watch:
+    """Tells when the state of a directory was replaced. Blocks in poll(2) without the GIL, never on a timer."""
+
+    def __init__(self, state_dir: Path) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._fd: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if self._fd < 0:
+            raise _os_error("inotify_init1")
+        if libc.inotify_add_watch(self._fd, os.fsencode(state_dir), _IN_MOVED_TO | _IN_DELETE_SELF) < 0:
+            error = _os_error("inotify_add_watch")
+            os.close(self._fd)
+            raise error
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLIN)
+
+    def wait(self, timeout: float | None) -> bool:
+        """Whether something happened within `timeout` seconds (None: for ever). True may be a false alarm."""
+        millis = None if timeout is None else min(math.ceil(max(timeout, 0) * 1000), 2**31 - 1)
+        if not self._poll.poll(millis):
+            return False
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._fd, 4096):
+                pass
+        return True
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _os_error(call: str) -> SimulatorError:
+    code = ctypes.get_errno()
+    hint = "; raise fs.inotify.max_user_instances" if code == errno.EMFILE else ""
+    return SimulatorError(f"{call} failed: {os.strerror(code)}{hint}")
