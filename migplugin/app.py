@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from migplugin.control.reconciler import Pace, Reconciler
 from migplugin.core.allocation import EditOptions
 from migplugin.core.decide import Options
 from migplugin.core.resource import Strategy
+from migplugin.core.status import Status
+from migplugin.core.status import status as describe
 from migplugin.errors import DriverError
 from migplugin.kubelet.podresources import CHECKPOINT_NAME, UsageReader
 from migplugin.kubelet.sockets import NodeLock, remove_stale
@@ -136,6 +139,24 @@ async def _serve(settings: Settings, where: Roots, reconciler: Reconciler, stop:
     await asyncio.gather(*loops, return_exceptions=True)
     log.info("stopped", extra={"seconds": time.monotonic() - began})
     return stop.result()
+
+
+async def status(settings: Settings) -> Status:
+    """What this node looks like from outside the agent: opens NVML itself and decides once.
+
+    Raises InputError or SimulatorError for a simulation that cannot be made, and never DriverError: a
+    driver that does not answer is part of the status.
+    """
+    with roots(settings) as where:
+        driver = _driver(settings, where, on_geometry=lambda: None, on_fault=lambda: None)
+        reconciler = Reconciler(driver, _usage(settings), _options(settings), Pace())
+        logging.getLogger("migplugin").setLevel(logging.CRITICAL)  # what it would log is what is printed
+        try:
+            await reconciler.first()
+        finally:
+            await driver.close()
+        assert reconciler.outcome is not None
+        return describe(reconciler.world, reconciler.outcome, node=socket.gethostname())
 
 
 def _driver(

@@ -6,6 +6,7 @@ start fast, and `--help` faster.
 
 import asyncio
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -90,8 +91,18 @@ def status(output: str, no_color: bool, **flags: str | None) -> None:
     settings = resolve(flags, os.environ)
     from migplugin import app  # noqa: PLC0415
 
+    shown = asyncio.run(app.status(settings))
+    if output == "json":
+        import msgspec  # noqa: PLC0415
+
+        click.echo(msgspec.json.format(msgspec.json.encode(shown), indent=2).decode())
+        return
+    from migplugin.core.picture import draw  # noqa: PLC0415
+
     color = sys.stdout.isatty() and not no_color and not os.environ.get("NO_COLOR")
-    click.echo(asyncio.run(app.status(settings, as_json=output == "json", color=color)))
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    width = shutil.get_terminal_size((100, 24)).columns
+    click.echo(draw(shown, width=width, color=color, unicode=unicode))
 
 
 @cli.command()
