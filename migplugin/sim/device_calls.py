@@ -202,7 +202,7 @@ def utilization_rates(call: Call, device: int | None, out: int | None) -> None:
     POINTER,
 )
 def compute_processes(call: Call, device: int | None, count: int | None, out: int | None) -> None:
-    """Those of a compute instance on its handle; all with their ids on the GPU's, which is privileged with MIG on."""
+    """A MIG device's own, or all of a GPU with their ids, which with MIG on takes privilege."""
     target = call.device(device)
     if isinstance(target, Mig):
         found = [(process, target.gi.id, target.ci.id) for process in _live(call, target).processes]

@@ -50,7 +50,7 @@ _OPEN_DEVICE = Entry(Kind.DEVICE, mode=0o666)
 
 
 def capability_minor(gpu_minor: int, gi: int, ci: int | None = None) -> int:
-    """The minor of an instance's capability node. A function of the ids: it says nothing about existence."""
+    """The minor of an instance's capability node: a function of the ids, there or not."""
     return (
         3 + GIS_PER_GPU * (1 + CIS_PER_GI) * gpu_minor + (1 + CIS_PER_GI) * gi + (0 if ci is None else 1 + ci)
     )
@@ -72,14 +72,14 @@ def plan(node: Node) -> Plan:
 def apply(wanted: Plan, present: Plan, state_dir: Path) -> None:
     """Turn the files of `present` into those of `wanted`."""
     for path in sorted(present.keys() - wanted.keys(), reverse=True):
-        _remove(state_dir, path)
+        _remove(state_dir, path, wanted)
     for path, entry in wanted.items():
         if present.get(path) != entry:
             _make(state_dir / path, entry, state_dir / "file.new")
 
 
 def present(state_dir: Path, wanted: Plan) -> Plan:
-    """What lies there now. A device node counts as what was wanted in its place, whatever stands in for it."""
+    """What lies there now. A device node counts as what was wanted in its place, whatever it is."""
     found: Plan = {}
     for view in VIEWS:
         for directory, names, files in os.walk(state_dir / view):
@@ -170,7 +170,7 @@ _LAST_MINOR = capability_minor(GPUS, 0)
 
 @functools.cache
 def _mig_minors() -> str:
-    """The driver's static table: every instance that could ever be. Its paths lack the `/mig/` of the real ones."""
+    """The driver's static table: every instance that could ever be. Its paths lack the files' `/mig/`."""
     lines = [f"config {CONFIG_MINOR}", f"monitor {MONITOR_MINOR}"]
     for gpu in range(GPUS):
         for gi in range(GIS_PER_GPU):
@@ -210,18 +210,18 @@ def _make(path: Path, entry: Entry, scratch: Path) -> None:
     scratch.replace(path)
 
 
-def _remove(state_dir: Path, path: str) -> None:
-    """Remove a file and every directory that is empty without it, up to the view."""
+def _remove(state_dir: Path, path: str, wanted: Plan) -> None:
+    """Remove what lies at `path`, and every directory above that is then empty and not wanted."""
     gone = state_dir / path
-    with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
-        gone.unlink()
-    for parent in (gone, *gone.parents):
-        if parent.parent == state_dir or parent == state_dir:
+    if gone.is_dir():
+        with contextlib.suppress(OSError):
+            gone.rmdir()
+    else:
+        gone.unlink(missing_ok=True)
+    for parent in gone.parents:
+        if parent == state_dir or parent.relative_to(state_dir).as_posix() in wanted:
             return
         try:
             parent.rmdir()
-        except FileNotFoundError:
-            continue
         except OSError:
-            if parent != gone:
-                return
+            return

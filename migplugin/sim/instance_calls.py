@@ -20,7 +20,6 @@ from migplugin.sim.records import CiRecord, GiRecord
 from migplugin.sim.session import CiHandle, GiHandle, GpuHandle, find_ci, find_gi
 from migplugin.sim.structs import (
     CAPABILITY_GFX,
-    CAPABILITY_P2P,
     CI_PROFILE_INFO_V2,
     GI_PROFILE_INFO_V2,
     GI_PROFILE_INFO_V3,
@@ -290,7 +289,7 @@ def compute_instance_by_id(call: Call, handle: int | None, ci_id: int, out: int 
 
 @EXPORTS.add("nvmlComputeInstanceGetInfo_v2", HANDLE, POINTER)
 def ci_info(call: Call, handle: int | None, out: int | None) -> None:
-    """`device` is the MIG device's handle, although nvml.h says "parent device": the field's users rely on it."""
+    """`device` is the MIG device's handle, although nvml.h says "parent device": programs rely on it."""
     gpu, gi, ci = call.ci(handle)
     info = call.struct(out, CiInfo)
     info.device = call.session.handle(mig_handle(Mig(gpu, gi, ci)))
@@ -344,18 +343,18 @@ def _profile_by_id(call: Call, gpu: Gpu, profile_id: int) -> GiProfile:
 def _ci_profile_by_enum(call: Call, profile: GiProfile, enum: int, engines: int) -> CiProfile:
     if enum >= CI_PROFILE_COUNT or engines:
         call.refuse(Code.INVALID_ARGUMENT, f"compute profile {enum}, engine profile {engines}")
-    for ci in profile.ci_profiles:
-        if ci.enum == enum:
-            return ci
-    call.refuse(Code.NOT_SUPPORTED, f"{profile.name} has no compute profile {enum}")
+    found = next((ci for ci in profile.ci_profiles if ci.enum == enum), None)
+    if found is None:
+        call.refuse(Code.NOT_SUPPORTED, f"{profile.name} has no compute profile {enum}")
+    return found
 
 
 def _ci_profile_by_id(call: Call, profile: GiProfile, profile_id: int) -> CiProfile:
-    for ci in profile.ci_profiles:
-        if ci.id == profile_id:
-            return ci
-    code = Code.NOT_SUPPORTED if profile_id < CI_PROFILE_COUNT else Code.INVALID_ARGUMENT
-    call.refuse(code, f"{profile.name} has no compute profile with id {profile_id}")
+    found = next((ci for ci in profile.ci_profiles if ci.id == profile_id), None)
+    if found is None:
+        code = Code.NOT_SUPPORTED if profile_id < CI_PROFILE_COUNT else Code.INVALID_ARGUMENT
+        call.refuse(code, f"{profile.name} has no compute profile with id {profile_id}")
+    return found
 
 
 def _fill_gi_profile(info: GiProfileInfo | GiProfileInfoV2 | GiProfileInfoV3, profile: GiProfile) -> None:
@@ -378,7 +377,7 @@ def _give_gi_profile_v(call: Call, profile: GiProfile, out: int | None) -> None:
         info.is_p2p_supported = 0
     elif version == GI_PROFILE_INFO_V3:
         info = call.struct(out, GiProfileInfoV3)
-        info.capabilities = CAPABILITY_P2P * 0 | CAPABILITY_GFX * ("+gfx" in profile.name)
+        info.capabilities = CAPABILITY_GFX if "+gfx" in profile.name else 0
     else:
         call.refuse(Code.INVALID_ARGUMENT, f"version word {version:#x}")
     _fill_gi_profile(info, profile)

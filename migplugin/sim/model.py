@@ -173,9 +173,10 @@ class Gpu:
     # -- changing it ------------------------------------------------------------------------------
 
     def create(self, name: str, start: int | None = None, *, compute: bool = True) -> GiRecord:
-        """A new GPU instance of the profile called `name`, with one full compute instance unless told otherwise.
+        """A new GPU instance of the profile called `name`, with one compute instance that takes all of it.
 
-        A compute-level name (`1c.3g.20gb`) makes the GPU instance with one compute instance of that size.
+        A compute-level name (`1c.3g.20gb`) makes a compute instance of that size instead. With
+        `compute=False` the GPU instance stays empty, and is no MIG device.
         """
         pair = self.product.by_name(name)
         if pair is None:
@@ -208,7 +209,7 @@ class Gpu:
         if not placement.allowance(self.product, profile, self.held):
             raise Refusal(
                 Code.INSUFFICIENT_RESOURCES,
-                f"GPU {self.index} can hold no more {profile.name}: its count or the media engines are used up",
+                f"GPU {self.index} holds all the {profile.name} it can: count or media engines are used up",
             )
         chosen = placement.choose_start(self.product, profile, self.held) if start is None else start
         if chosen is None or chosen not in placement.free_starts(profile, self.held):

@@ -51,7 +51,10 @@ def allowance(product: Product, profile: GiProfile, held: Sequence[Held]) -> int
 
 
 def remaining(product: Product, profile: GiProfile, held: Sequence[Held]) -> int:
-    """How many more of `profile` fit now: NVML's remaining capacity. Placements of one profile never overlap."""
+    """How many more of `profile` fit now: NVML's remaining capacity.
+
+    Counting free starts is exact because the placements of one profile never overlap each other.
+    """
     return min(len(free_starts(profile, held)), allowance(product, profile, held))
 
 

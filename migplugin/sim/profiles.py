@@ -1,4 +1,4 @@
-"""The products the simulator can play: their GPU-instance profiles as data, read once from `mig_profiles.json`.
+"""The products the simulator can play, with their MIG profiles: data, read once from `mig_profiles.json`.
 
 The file keeps the provenance of each row, and which of its numbers were filled by rule (`assumed`):
 a made-up number may be shown, but it must never limit anything (see `Product.engines_known`).
@@ -20,7 +20,7 @@ CI_PROFILE_COUNT = 0x9  # NVML_COMPUTE_INSTANCE_PROFILE_COUNT
 
 
 class CiProfile(NamedTuple):
-    """A way to share out the compute slices of one GPU instance. On every published listing `id` == `enum`."""
+    """A size of compute instance within one kind of GPU instance. Every published listing has id == enum."""
 
     slices: int
     max_instances: int

@@ -1,4 +1,4 @@
-"""SPEC, the one-line description of a node: `2xa100-40gb`, `1xa100-40gb=1g.5gb*7,1xh100-80gb=3g.40gb:2g.20gb`.
+"""SPEC, the one-line description of a node: `2xa100-40gb`, or `1xa100-40gb=1g.5gb*7,1xa30=2g.12gb:1g.6gb`.
 
     <n>x<product>[=[<profile>[*<k>][:<profile>[*<k>]...]]][,...]
 
@@ -97,7 +97,8 @@ def _product(name: str, column: int) -> profiles.Product:
     for refused in table.not_simulatable:
         if name.lower() in {refused.product.lower(), *refused.names}:
             raise InputError(
-                f"node spec, column {column}: {name!r} ({refused.product}) cannot be simulated: {refused.reason}"
+                f"node spec, column {column}: {name!r} ({refused.product}) cannot be simulated: "
+                f"{refused.reason}"
             )
     known = [product.cli_name for product in table.products]
     near = difflib.get_close_matches(name.lower(), known, 1, 0.4)
@@ -136,8 +137,8 @@ def _carve(gpu: Gpu, wanted: tuple[Wanted, ...]) -> None:
                 _add(gpu, entry.name)
             except Refusal as exc:
                 raise InputError(
-                    f"node spec, column {entry.column}: no room for {entry.name} number {number} on GPU {gpu.index}"
-                    f" ({exc}); profiles are created in the order written, larger ones first may help"
+                    f"node spec, column {entry.column}: no room for {entry.name} number {number} on GPU "
+                    f"{gpu.index} ({exc}); profiles are created as written, larger ones first may help"
                 ) from exc
 
 

@@ -51,20 +51,28 @@ class Store:
     def exists(self) -> bool:
         return self._state.exists()
 
-    def create(self, node: Node) -> None:
-        """Write a new node here. The journal starts empty and the files are made; SimulatorError if one exists."""
+    def create(self, node: Node, *, replace: bool = False) -> None:
+        """Put a new node here, with its files. SimulatorError if one is there, unless it is to be replaced.
+
+        A replaced driver's sessions go on: numbers that must not come back (events, serials) do not.
+        """
         try:
             self.state_dir.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise SimulatorError(f"cannot make the state directory {self.state_dir}: {exc.strerror}") from exc
         with self._locked():
-            if self.exists:
+            if self.exists and not replace:
                 raise SimulatorError(
-                    f"{self.state_dir} already holds a simulated driver; remove it, or use it as it is"
+                    f"{self.state_dir} already holds a simulated driver; use it as it is, or init --replace"
                 )
             node.record.outbox = []
-            files.apply(files.plan(node), {}, self.state_dir)
+            if self.exists:
+                with contextlib.suppress(SimulatorError):  # a damaged state is what one replaces
+                    _continue(node.record, self._decode(self._state.read_bytes()))
+            wanted = files.plan(node)
+            files.apply(wanted, files.present(self.state_dir, wanted), self.state_dir)
             self._write(node.record)
+            self._doubt.unlink(missing_ok=True)
 
     def read(self) -> Node:
         """The node as it is. The same object until something changes it: look, and do not touch."""
@@ -78,10 +86,7 @@ class Store:
                 stat = os.fstat(file.fileno())
                 node = Node(self._decode(file.read()))
         except FileNotFoundError:
-            raise SimulatorError(
-                f"there is no simulated driver in {self.state_dir}; make one with: migplugin sim --state "
-                f"{self.state_dir} init SPEC"
-            ) from None
+            raise self._absent() from None
         except OSError as exc:
             raise SimulatorError(
                 f"the simulator's state {self._state} cannot be read: {exc.strerror}"
@@ -96,7 +101,7 @@ class Store:
             try:
                 node = Node(self._decode(self._state.read_bytes()))
             except FileNotFoundError:
-                node = self.read()  # raises the error that says what to do
+                raise self._absent() from None
             self._complete_journal(node.record)
             node.record.outbox = []
             before = msgspec.json.encode(node.record)
@@ -115,8 +120,13 @@ class Store:
             self._append(node.journal)
 
     def refresh_files(self) -> None:
-        """Derive the files again from the state, whatever lies there: a person may have removed some."""
+        """Derive the files again from the state, whatever lies there: a person may have removed some.
+
+        Who may not write here shares the driver all the same, and leaves the files to those who may.
+        """
         self.read()
+        if not os.access(self.state_dir, os.W_OK):
+            return
         with self._locked():
             node = Node(self._decode(self._state.read_bytes()))
             self._complete_journal(node.record)
@@ -134,6 +144,12 @@ class Store:
         found |= {event.seq: event for event in outbox if event.seq > seq}
         return [found[key] for key in sorted(found)]
 
+    def _absent(self) -> SimulatorError:
+        return SimulatorError(
+            f"there is no simulated driver in {self.state_dir}; "
+            f"make one with: migplugin sim --state {self.state_dir} init SPEC"
+        )
+
     # -- writing ------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -141,7 +157,7 @@ class Store:
         try:
             fd = os.open(self.state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:
-            raise SimulatorError(f"there is no simulated driver in {self.state_dir}") from None
+            raise self._absent() from None
         except OSError as exc:
             raise SimulatorError(
                 f"cannot lock the simulator's state in {self.state_dir}: {exc.strerror}"
@@ -217,13 +233,14 @@ class Store:
             found = msgspec.json.decode(raw, type=_Versioned).version
             if found != FORMAT:
                 raise SimulatorError(
-                    f"the simulator's state {self._state} has format {found}, this program reads {FORMAT}; remove "
-                    f"{self.state_dir} and make it anew"
+                    f"the simulator's state {self._state} has format {found}, this program reads {FORMAT}; "
+                    f"make it anew with: migplugin sim --state {self.state_dir} init --replace SPEC"
                 )
             return msgspec.json.decode(raw, type=NodeRecord)
         except msgspec.MsgspecError as exc:
             raise SimulatorError(
-                f"the simulator's state {self._state} is damaged ({exc}); remove {self.state_dir} and make it anew"
+                f"the simulator's state {self._state} is damaged ({exc}); "
+                f"make it anew with: migplugin sim --state {self.state_dir} init --replace SPEC"
             ) from exc
 
 
@@ -232,7 +249,7 @@ class _Versioned(msgspec.Struct):
 
 
 class Watch:
-    """Tells when the state of a directory was replaced. Blocks in poll(2) without the GIL, never on a timer."""
+    """Tells when the state in a directory was replaced: poll(2) on inotify, without the GIL or a timer."""
 
     def __init__(self, state_dir: Path) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -260,6 +277,17 @@ class Watch:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _continue(record: NodeRecord, old: NodeRecord) -> None:
+    """Number `record` on from where `old` was."""
+    record.last_seq += old.last_seq
+    record.last_serial += old.last_serial
+    for gpu in record.gpus:
+        for gi in gpu.instances:
+            gi.serial += old.last_serial
+            for ci in gi.compute:
+                ci.serial += old.last_serial
 
 
 def _os_error(call: str) -> SimulatorError:

@@ -1,7 +1,7 @@
 """The switches of the simulated driver: what each one means, and how a person sets one.
 
-`cost`, `fail` and `hang` are keyed by C names. Lists are separated by commas. `hang` and `cost` take
-`*` for every call.
+`cost`, `fail` and `hang` are keyed by C names; `hang` and `cost` take `*` for every call. Lists are
+separated by commas.
 """
 
 import difflib
@@ -11,52 +11,50 @@ from typing import Any
 import msgspec
 
 from migplugin.errors import InputError
+from migplugin.sim.abi import EXPORTS
+from migplugin.sim.files import GPUS
+from migplugin.sim.model import Node
 from migplugin.sim.records import Switches
 
 MEANING = {
-    "runtime_view": "which tree of files the node shows: the host's, or the NVIDIA runtime's tmpfs that hides"
-    " instances",
-    "container_capabilities": "what the container view passes through: nothing, mig/monitor, or mig/config too",
-    "privilege": "auto: the caller's CAP_SYS_ADMIN, and whether it may open the mig/config and mig/monitor nodes;"
-    " else what it has",
-    "mig_index": "compact: MIG indices have no gaps; sparse: each place on the GPU has its index",
-    "gi_ids": "swapped: the upper half of the GPU has the lower ids, as on some A100s (only while there are none)",
-    "stale_sessions": "a session goes on listing destroyed devices, and sees no new ones, until shutdown and init",
-    "capability_nodes": "late: the device nodes of new instances are missing until `sim nodes` makes them",
+    "runtime_view": "host, or container: the files as the NVIDIA runtime shows them, with instances hidden",
+    "container_capabilities": "what the container view passes in: nothing, mig/monitor, or mig/config too",
+    "privilege": "auto: by the caller's CAP_SYS_ADMIN and access to mig/config and mig/monitor; or forced",
+    "mig_index": "compact: MIG indices have no gaps; sparse: each place on the GPU has its own index",
+    "gi_ids": "swapped: the upper half of the GPU has the lower ids, as on some A100s (while it is empty)",
+    "stale_sessions": "on: a session lists the MIG devices of its start until it shuts down and inits again",
+    "capability_nodes": "late: device nodes of new instances are missing until `sim nodes` makes them",
     "process_list": "namespace: processes of other PID namespaces are left out, with success",
-    "events": "no-mig: no MIG-config-change events; mig-when-enabled: only on GPUs with MIG on; none: no events",
-    "profile_queries": "mig-on: profiles cannot be queried while MIG is off, as before R555 or so",
-    "v2_profile_info": "false: a driver without the profile-info calls that carry a name",
-    "missing_symbols": "C names that this library does not export",
-    "mig_activation": "what SetMigMode finds: a change active at once, a GPU in use, or a reset needed",
-    "uuid_format": "legacy: MIG-GPU-<uuid>/<gi>/<ci>, as before R470",
-    "uuid_reuse": "true: a device made again in the same place has its old UUID, as in NVIDIA's kernel module",
+    "events": "no-mig: none for MIG changes; mig-when-enabled: only on GPUs with MIG on; none: no events",
+    "profile_queries": "mig-on: profiles cannot be queried while MIG is off, as on older drivers",
+    "v2_profile_info": "off: a driver without the profile-info calls that carry a name",
+    "missing_symbols": "C names that the library does not export",
+    "mig_activation": "what a change of MIG mode meets: nothing, a GPU in use, or the need of a reset",
+    "uuid_format": "legacy: new devices are MIG-GPU-<uuid>/<gi>/<ci>, as before R470",
+    "uuid_reuse": "on: a device made again in the same place has its old UUID, as in NVIDIA's kernel module",
     "minors": "device minor of each GPU by index; empty: the index",
     "pci_order": "descending: the first index has the highest bus address",
-    "numa": "NUMA node of each GPU by index, -1 for none; empty: the first half on node 0, the rest on node 1",
-    "driver_loaded": "false: nvmlInit answers DRIVER_NOT_LOADED",
+    "numa": "NUMA node of each GPU by index, -1 for none; empty: half of them on node 0, the rest on 1",
+    "driver_loaded": "off: nvmlInit answers DRIVER_NOT_LOADED, and the driver's files are gone",
     "driver_version": "what the driver says it is",
-    "cost": 'seconds that a call takes, as JSON: {"*": 0.001, "nvmlGpuInstanceDestroy": 1}',
+    "cost": 'seconds that calls take, as JSON: {"*": 0.001, "nvmlGpuInstanceDestroy": 1}',
     "hang": "C names of calls that do not come back until they leave this list",
-    "fail": 'calls that fail, as JSON: {"nvmlDeviceGetName": {"gpu": 1, "code": 999}}; no gpu: on every one',
+    "fail": 'calls that fail, as JSON: {"nvmlDeviceGetName": {"gpu": 1, "code": 999}}; no gpu: on all',
 }
 
 
-def set_switch(switches: Switches, name: str, text: str) -> None:
-    """Set one switch from what a person typed, or raise InputError and change nothing."""
+def set_switch(node: Node, name: str, text: str) -> None:
+    """Set one switch of `node` from what a person typed, or raise InputError and change nothing."""
     name = name.replace("-", "_")
     if name not in MEANING:
-        near = difflib.get_close_matches(name, MEANING, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(MEANING))}"
-        raise InputError(f"no switch is called {name!r}; {hint}")
+        raise InputError(f"no switch is called {name!r}; {_hint(name, MEANING)}")
     try:
         value = _parse(getattr(Switches(), name), text)
-        changed = msgspec.convert({**msgspec.to_builtins(switches), name: value}, Switches)
+        changed = msgspec.convert({**msgspec.to_builtins(node.switches), name: value}, Switches)
+        _check(node, name, getattr(changed, name))
     except (ValueError, msgspec.ValidationError) as exc:
-        raise InputError(
-            f"switch {name}={text!r} is not understood: {exc}; it means: {MEANING[name]}"
-        ) from exc
-    setattr(switches, name, getattr(changed, name))
+        raise InputError(f"switch {name}={text!r}: {exc} ({MEANING[name]})") from exc
+    setattr(node.switches, name, getattr(changed, name))
 
 
 def _parse(default: object, text: str) -> Any:
@@ -72,3 +70,24 @@ def _parse(default: object, text: str) -> Any:
     if isinstance(default, dict):
         return json.loads(text or "{}")
     return text
+
+
+def _check(node: Node, name: str, value: Any) -> None:
+    """What the type alone cannot say. Raises ValueError."""
+    if name in {"minors", "numa"} and len(value) > len(node.gpus):
+        raise ValueError(f"{len(value)} numbers for {len(node.gpus)} GPUs")
+    if name == "minors" and value:
+        minors = [*value, *range(len(value), len(node.gpus))]
+        if len(set(minors)) < len(minors) or not set(minors) <= set(range(GPUS)):
+            raise ValueError(f"minors must be different numbers from 0 to {GPUS - 1}, and would be {minors}")
+    if name == "gi_ids" and value != node.switches.gi_ids and any(gpu.instances for gpu in node.gpus):
+        raise ValueError("there are GPU instances, and their ids would clash with new ones")
+    if name in {"missing_symbols", "hang", "fail", "cost"}:
+        for symbol in value:
+            if symbol not in EXPORTS and not (symbol == "*" and name in {"hang", "cost"}):
+                raise ValueError(f"the library has no {symbol!r}; {_hint(symbol, EXPORTS)}")
+
+
+def _hint(name: str, known: "dict[str, Any]") -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(known))}"
