@@ -203,6 +203,7 @@ def _stop_on_signals() -> asyncio.Future[int]:
             stop.set_result(code)
 
     loop.add_signal_handler(signal.SIGTERM, ask, "SIGTERM", OK)
+    loop.add_signal_handler(signal.SIGQUIT, ask, "SIGQUIT", OK)
     loop.add_signal_handler(signal.SIGINT, ask, "SIGINT", INTERRUPTED)
     return stop
 

@@ -192,37 +192,37 @@ TABLE: tuple[Setting, ...] = (
         commands=_BOTH,
     ),
     Setting(
-        "pod_resources_socket", ("POD_RESOURCES_SOCKET",), "/var/lib/kubelet/pod-resources/kubelet.sock", parse_path,
+        "pod_resources_socket", ("MIGPLUGIN_POD_RESOURCES_SOCKET",), "/var/lib/kubelet/pod-resources/kubelet.sock", parse_path,
         "PATH",
         "The kubelet's pod-resources socket, which tells who holds which device. Need not be mounted.",
         commands=_BOTH,
     ),
     Setting(
-        "poll_interval", ("POLL_INTERVAL",), "", parse_interval, "DURATION",
+        "poll_interval", ("MIGPLUGIN_POLL_INTERVAL",), "", parse_interval, "DURATION",
         "How often the driver is asked for changes without being told; unset: 60s where it tells of them by "
         "itself, 5s where it does not.",
     ),
     Setting(
-        "removal_delay", ("REMOVAL_DELAY",), "60s", parse_duration, "DURATION",
+        "removal_delay", ("MIGPLUGIN_REMOVAL_DELAY",), "60s", parse_duration, "DURATION",
         "How long a device that is gone stays listed as Unhealthy, at least. Shorter than the default is for "
         "demos and tests: a kubelet that is just allocating a device crashes when it leaves the list.",
     ),
     Setting(
-        "driver_grace", ("DRIVER_GRACE",), "60s", parse_duration, "DURATION",
+        "driver_grace", ("MIGPLUGIN_DRIVER_GRACE",), "60s", parse_duration, "DURATION",
         "How long devices stay Healthy while the driver as a whole does not answer.",
     ),
     Setting(
-        "nvml_timeout", ("NVML_TIMEOUT",), "15s", parse_timeout, "DURATION",
+        "nvml_timeout", ("MIGPLUGIN_NVML_TIMEOUT",), "15s", parse_timeout, "DURATION",
         "How long one look at the driver may take before it counts as not answering.",
         commands=_BOTH,
     ),
     Setting(
-        "proc_root", ("PROC_ROOT",), "/proc", parse_path, "PATH",
+        "proc_root", ("MIGPLUGIN_PROC_ROOT",), "/proc", parse_path, "PATH",
         "Where the host's `/proc` is seen, for MIG capabilities.",
         commands=_BOTH,
     ),
     Setting(
-        "sysfs_root", ("SYSFS_ROOT",), "/sys", parse_path, "PATH",
+        "sysfs_root", ("MIGPLUGIN_SYSFS_ROOT",), "/sys", parse_path, "PATH",
         "Where the host's `/sys` is seen, for NUMA nodes.",
         commands=_BOTH,
     ),
@@ -233,11 +233,11 @@ TABLE: tuple[Setting, ...] = (
         commands=_BOTH,
     ),
     Setting(
-        "log_format", ("LOG_FORMAT",), "text", one_of("text", "json"), "FORMAT",
+        "log_format", ("MIGPLUGIN_LOG_FORMAT",), "text", one_of("text", "json"), "FORMAT",
         "Log lines for people (`text`) or for machines (`json`).",
     ),
     Setting(
-        "log_level", ("LOG_LEVEL",), "info", one_of("debug", "info", "warning", "error"), "LEVEL",
+        "log_level", ("MIGPLUGIN_LOG_LEVEL",), "info", one_of("debug", "info", "warning", "error"), "LEVEL",
         "The least important lines to log.",
     ),
 )  # fmt: skip
