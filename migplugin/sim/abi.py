@@ -22,6 +22,7 @@ from migplugin.sim import device_calls, event_calls, instance_calls, system_call
 from migplugin.sim.call import Call, Export, Injected
 from migplugin.sim.codes import TEXTS, Code
 from migplugin.sim.model import Node, Refusal
+from migplugin.sim.records import Switches
 from migplugin.sim.session import Session
 from migplugin.sim.store import Store, Watch
 
@@ -54,7 +55,10 @@ class Library:
         self._texts: dict[int, ctypes.Array[ctypes.c_char]] = {}
 
     def __getattr__(self, name: str) -> Any:
-        switches = self._store.read().switches
+        try:
+            switches = self._store.read().switches
+        except SimulatorError:  # a library keeps its symbols when the driver behind it goes away
+            switches = Switches()
         missing = name in switches.missing_symbols or (
             name in _V2_PROFILE_INFO and not switches.v2_profile_info
         )

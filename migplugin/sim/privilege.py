@@ -43,7 +43,7 @@ def _opens(dev_root: Path, minor: int) -> bool:
 
 
 def _has_cap_sys_admin() -> bool:
-    for line in Path("/proc/thread-self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("CapEff:"):
+    for line in Path("/proc/thread-self/status").read_bytes().splitlines():
+        if line.startswith(b"CapEff:"):
             return bool(int(line.split()[1], 16) >> _CAP_SYS_ADMIN & 1)
     return False
