@@ -52,6 +52,12 @@ def of_compute_instance(gpu_profile: str, compute_slices: int) -> str:
     return f"{compute_slices}c.{gpu_profile}"
 
 
+def of_gpu_instance(name: str) -> str:
+    """The profile of the GPU instance that a device of profile `name` lies in: `name` without its `1c.`."""
+    compute, _, rest = name.partition("c.")
+    return rest if compute.isdigit() and rest else name
+
+
 def computed(
     gpu_slices: int, compute_slices: int, memory_mib: int, total_bytes: int, attribute: str = ""
 ) -> str:
