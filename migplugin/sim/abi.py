@@ -65,7 +65,8 @@ class Library:
         if missing or not (name in EXPORTS or name == "nvmlErrorString"):
             raise AttributeError(f"the simulated libnvidia-ml has no symbol {name}")
         if name not in self._closures:
-            self._closures[name] = self._error_string() if name == "nvmlErrorString" else self._closure(name)
+            made = self._error_string() if name == "nvmlErrorString" else self._closure(name)
+            return self._closures.setdefault(name, made)
         return self._closures[name]
 
     def _closure(self, name: str) -> Any:

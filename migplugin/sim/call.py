@@ -82,7 +82,13 @@ class Call:
             self.refuse(otherwise, "a MIG device handle; ask its GPU")
         if not isinstance(target, GpuHandle):
             self.refuse(Code.INVALID_ARGUMENT, "not a device handle")
-        return self.reach(self.node.by_uuid[target.uuid])
+        return self.reach(self.known(target.uuid))
+
+    def known(self, uuid: str) -> Gpu:
+        """The GPU of a handle. It may be gone: `sim init --replace` swaps the whole node."""
+        if uuid not in self.node.by_uuid:
+            self.refuse(Code.INVALID_ARGUMENT, f"GPU {uuid} is gone")
+        return self.node.by_uuid[uuid]
 
     def mig(self, handle: int | None, otherwise: Code = Code.INVALID_ARGUMENT) -> Mig:
         """The MIG device behind a MIG device handle; `otherwise` is the answer for a GPU's."""
@@ -97,7 +103,7 @@ class Call:
             return self.gpu(handle)
         if not isinstance(target, MigHandle):
             self.refuse(Code.INVALID_ARGUMENT, "not a device handle")
-        self.reach(self.node.by_uuid[target.uuid])
+        self.reach(self.known(target.uuid))
         gpu = self.session.believed(self.node).by_uuid[target.uuid]
         return Mig(gpu, *find_ci(gpu, target.gi, target.ci, target.serial))
 
@@ -105,14 +111,14 @@ class Call:
         target = self.session.target(handle)
         if not isinstance(target, GiHandle):
             self.refuse(Code.INVALID_ARGUMENT, "not a GPU instance handle")
-        gpu = self.reach(self.node.by_uuid[target.uuid])
+        gpu = self.reach(self.known(target.uuid))
         return gpu, find_gi(gpu, target.gi, target.serial)
 
     def ci(self, handle: int | None) -> tuple[Gpu, GiRecord, CiRecord]:
         target = self.session.target(handle)
         if not isinstance(target, CiHandle):
             self.refuse(Code.INVALID_ARGUMENT, "not a compute instance handle")
-        gpu = self.reach(self.node.by_uuid[target.uuid])
+        gpu = self.reach(self.known(target.uuid))
         return gpu, *find_ci(gpu, target.gi, target.ci, target.serial)
 
     def may(self, privilege: str) -> bool:

@@ -27,7 +27,7 @@ BASIC = (
 def event_set_create(call: Call, out: int | None) -> None:
     if not out:
         call.refuse(Code.INVALID_ARGUMENT, "a NULL pointer")
-    created = EventSet(Watch(call.session.store.state_dir))
+    created = EventSet(Watch(call.session.store.state_dir), seen=call.node.record.last_seq)
     call.put_handle(out, call.session.handle(created))
 
 
@@ -66,7 +66,7 @@ def event_set_wait(call: Call, handle: int | None, out: int | None, timeout_ms: 
         if event is not None:
             _fill(data, event, call.session)
             return
-        if any(node.by_uuid[uuid].record.lost for uuid in waiting.since):
+        if any(gpu.record.lost for gpu in node.gpus if gpu.uuid in waiting.since):
             call.refuse(Code.GPU_IS_LOST)
         left = deadline - time.monotonic()
         if left <= 0 or not waiting.watch.wait(left):
@@ -95,11 +95,14 @@ def _next(call: Call, node: Node, waiting: EventSet) -> Event | None:
     for event in call.session.store.events_after(waiting.seen):
         waiting.seen = event.seq
         since = waiting.since.get(event.gpu, {}).get(event.type)
-        if since is None or event.seq <= since or not event.type & _supported(node.by_uuid[event.gpu]):
+        gpu = node.by_uuid.get(event.gpu)
+        if gpu is None or since is None or event.seq <= since or not event.type & _supported(gpu):
             continue
         # Without privilege only what affects the whole device is reported (nvml.h, nvmlEventSetWait_v2).
         if event.gi == WHOLE or call.may(MONITOR):
             return event
+    # The journal may have been cut: do not read it again for what it no longer holds.
+    waiting.seen = max(waiting.seen, node.record.last_seq)
     return None
 
 

@@ -417,7 +417,7 @@ def _give_handles(call: Call, handles: list[int], out: int | None, count: int | 
 def _changed(call: Call, gpu: Gpu) -> Iterator[Gpu]:
     """The GPU as it is under the lock, to be changed; afterwards this session knows of it."""
     with call.session.store.change() as node:
-        yield node.gpus[gpu.index]
+        yield node.by_uuid[gpu.uuid]
     call.session.saw_own_change(node, gpu.uuid)
 
 

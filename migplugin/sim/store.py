@@ -140,7 +140,7 @@ class Store:
         outbox = record.outbox
         if record.last_seq <= seq or (outbox and outbox[0].seq <= seq + 1):
             return [event for event in outbox if event.seq > seq]
-        found = {event.seq: event for event in self._read_journal() if event.seq > seq}
+        found = {event.seq: event for event in _parse(self._raw_journal()) if event.seq > seq}
         found |= {event.seq: event for event in outbox if event.seq > seq}
         return [found[key] for key in sorted(found)]
 
@@ -205,12 +205,13 @@ class Store:
         if not record.outbox:
             return
         raw = self._raw_journal()
-        if raw and not raw.endswith(b"\n"):
-            whole = raw.rpartition(b"\n")
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if whole != raw:
             with self._journal.open("r+b") as file:
-                file.truncate(len(whole[0]) + len(whole[1]))
-        last = max((event.seq for event in self._read_journal()), default=0)
-        self._append([event for event in record.outbox if event.seq > last])
+                file.truncate(len(whole))
+        last = _parse(whole[whole.rfind(b"\n", 0, -1) + 1 :])
+        done = last[0].seq if last else 0
+        self._append([event for event in record.outbox if event.seq > done])
 
     # -- reading ------------------------------------------------------------------------------------
 
@@ -219,14 +220,6 @@ class Store:
             return self._journal.read_bytes()
         except FileNotFoundError:
             return b""
-
-    def _read_journal(self) -> list[Event]:
-        events = []
-        for line in self._raw_journal().splitlines(keepends=True):
-            if line.endswith(b"\n"):
-                with contextlib.suppress(msgspec.MsgspecError):
-                    events.append(msgspec.json.decode(line, type=Event))
-        return events
 
     def _decode(self, raw: bytes) -> NodeRecord:
         try:
@@ -242,6 +235,16 @@ class Store:
                 f"the simulator's state {self._state} is damaged ({exc}); "
                 f"make it anew with: migplugin sim --state {self.state_dir} init --replace SPEC"
             ) from exc
+
+
+def _parse(journal: bytes) -> list[Event]:
+    """The events of every whole line. A damaged one is passed over: the state is the truth."""
+    events = []
+    for line in journal.splitlines(keepends=True):
+        if line.endswith(b"\n"):
+            with contextlib.suppress(msgspec.MsgspecError):
+                events.append(msgspec.json.decode(line, type=Event))
+    return events
 
 
 class _Versioned(msgspec.Struct):
