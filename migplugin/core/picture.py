@@ -28,8 +28,9 @@ from migplugin.core.status import (
 
 INDENT = 6
 NARROWEST, WIDEST = 40, 160
-SLICE_NARROWEST, SLICE_WIDEST = 5, 14
+SLICE_NARROWEST, SLICE_WIDEST = 6, 14
 COLUMN_NARROWEST = 4
+HOLDER_NARROWEST, UUID_NARROWEST = 10, 13
 
 PLAIN, BOLD, DIM, GOOD, BAD, WARN = "", "1", "2", "32", "31", "33"
 
@@ -53,7 +54,7 @@ class Glyphs:
 UNICODE = Glyphs(
     "✔", "✘", "▲", "\N{MULTIPLICATION SIGN}", "…", "─", "│", "┊", ("┌", "┬", "┐"), ("└", "┴", "┘")
 )
-ASCII = Glyphs("ok", "!!", "!", "x", "~", "-", "|", ":", ("+", "+", "+"), ("+", "+", "+"))
+ASCII = Glyphs("+", "x", "!", "x", "~", "-", "|", ":", ("+", "+", "+"), ("+", "+", "+"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +95,8 @@ class Pen:
         return drawn.rstrip()
 
     def cut(self, text: str, width: int) -> str:
-        if len(text) <= width:
-            return text
+        if len(text.rstrip()) <= width:
+            return text[:width]
         return text[: width - 1] + self.glyphs.ellipsis if width > 0 else ""
 
     def fit(self, said: Say, width: int, *, right: bool = False) -> Say:
@@ -280,8 +281,8 @@ def _column(device: DeviceStatus, instance: InstanceStatus, pen: Pen) -> tuple[S
         lines.append(Say((f"{profile}  {ci}", f"{profile.partition('.')[0]} {ci}", ci)))
     state = _state(device, pen)
     if device.health == HEALTHY and device.held is not None:
-        sign = pen.glyphs.good
-        lines.append(Say(tuple(f"{sign} {text}" for text in _holder(device).texts), state.style))
+        holder, sign = _holder(device).texts, pen.glyphs.good
+        lines.append(Say((*(f"{sign} {text}" for text in holder), holder[-1]), state.style))
     else:
         lines.append(state)
         lines += [_holder(device)] if device.held else []
@@ -328,9 +329,9 @@ def _listed(instance: InstanceStatus, pen: Pen) -> Iterator[str]:
 
 def _state(device: DeviceStatus, pen: Pen) -> Say:
     if device.health == HEALTHY:
-        return Say((f"{pen.glyphs.good} healthy", pen.glyphs.good), GOOD)
+        return Say((f"{pen.glyphs.good} healthy", f"{pen.glyphs.good} fit", "fit"), GOOD)
     if device.health == UNHEALTHY:
-        return Say((f"{pen.glyphs.bad} unhealthy", f"{pen.glyphs.bad} sick", pen.glyphs.bad), BAD)
+        return Say((f"{pen.glyphs.bad} unhealthy", f"{pen.glyphs.bad} sick", "sick"), BAD)
     return Say(("not offered", "no offer", "-"), DIM)
 
 
@@ -343,7 +344,7 @@ def _holder(device: DeviceStatus | MissingDevice) -> Say:
         return Say(("free" if fit else "nobody",))
     holders = [_clean(holder) for holder in device.holders or ()]
     if not holders:
-        return Say(("held", "held"))
+        return Say(("held",))
     more = f" +{len(holders) - 1}" if len(holders) > 1 else ""
     pod = holders[0].rpartition(":")[0] or holders[0]
     shorter = (f"{holders[0]}{more}", f"{pod}{more}", f"{pod.partition('/')[2] or pod}{more}")
@@ -364,7 +365,7 @@ class Row:
     below: str = ""
 
 
-DEVICE_TITLES = ("GPU", "GI/CI", "PROFILE", "SLICES", "UUID", "RESOURCE", "HEALTH", "HOLDER")
+DEVICE_TITLES = ("GPU", "GI/CI", "PROFILE", "SLICES", "HEALTH", "HOLDER", "RESOURCE", "UUID")
 RESOURCE_TITLES = ("RESOURCE", "TOTAL", "HEALTHY", "HELD", "LEASED", "REFUSED", "KUBELET")
 
 
@@ -384,10 +385,10 @@ def _device_row(gpu: GpuStatus, device: DeviceStatus, pen: Pen) -> Row:
         Say(("-" if device.gi is None else f"{device.gi}/{device.ci}",)),
         Say((_clean(device.profile) or "-",)),
         Say((_slices(device.placement),)),
-        _uuid(device.uuid, pen),
-        _resource(device.resources[0] if device.resources else "-"),
         _state(device, pen),
-        _holder(device),
+        _in_table(_holder(device), pen),
+        _resource(device.resources[0] if device.resources else "-"),
+        _uuid(device.uuid, pen),
     )
     return Row(cells, _reason(device.reason, device.unhealthy_for))
 
@@ -399,17 +400,21 @@ def _missing_row(device: MissingDevice, pen: Pen) -> Row:
         Say(("-",)),
         Say((_clean(device.profile) or "-",)),
         Say(("-",)),
-        _uuid(device.uuid, pen),
-        _resource(device.resource),
         Say((f"{bad} gone" if device.gone else f"{bad} unhealthy",), BAD),
-        _holder(device),
+        _in_table(_holder(device), pen),
+        _resource(device.resource),
+        _uuid(device.uuid, pen),
     )
     return Row(cells, _reason(device.reason, device.unhealthy_for))
 
 
 def _uuid(uuid: str, pen: Pen) -> Say:
     text = _clean(uuid)
-    return Say((text, pen.cut(text, 13)))
+    return Say((text, pen.cut(text, UUID_NARROWEST)))
+
+
+def _in_table(holder: Say, pen: Pen) -> Say:
+    return Say((*holder.texts, pen.cut(holder.texts[-1], HOLDER_NARROWEST)))
 
 
 def _resource(name: str) -> Say:
@@ -457,7 +462,10 @@ def _table(
     shorten: tuple[str, ...],
     numbers: Collection[int] = (),
 ) -> Iterator[str]:
-    """Columns as wide as they need to be; where that is too wide, those of `shorten` say it shorter, in turn."""
+    """Columns as wide as they need to be; where that is too wide, those of `shorten` say it shorter, in turn.
+
+    What is then still too long is cut from the last column.
+    """
     if not rows:
         return
     columns = dict(zip(titles, zip(*(row.cells for row in rows), strict=True), strict=True))
@@ -467,16 +475,16 @@ def _table(
     for title in shorten:
         excess = sum(widths.values()) + 2 * (len(widths) - 1) - pen.width
         if excess > 0:
-            shortest = max(len(title), *(min(map(len, said.texts)) for said in columns[title]))
-            # Between the long form and the short one there is nothing to see; the last column has all sizes.
-            widths[title] = max(shortest, widths[title] - excess) if title == titles[-1] else shortest
+            room = max(widths[title] - excess, *(min(map(len, said.texts)) for said in columns[title]))
+            said_shorter = [pen.fit(said, room).texts[0].rstrip() for said in columns[title]]
+            widths[title] = max(len(title), *map(len, said_shorter))
 
     def line(cells: Iterable[Say]) -> str:
-        parts = [
-            pen.fit(said, room, right=n in numbers)
-            for n, (said, room) in enumerate(zip(cells, widths.values(), strict=True))
-        ]
-        return pen.line(*(piece for part in parts for piece in (part, Say(("  ",)))))
+        parts: list[Say] = []
+        for n, (said, room) in enumerate(zip(cells, widths.values(), strict=True)):
+            parts += [Say(("  ",))] if parts else []
+            parts.append(pen.fit(said, room, right=n in numbers))
+        return pen.line(*parts)
 
     yield line(Say((title,), BOLD) for title in titles)
     for row, following in pairwise((*rows, Row(()))):
