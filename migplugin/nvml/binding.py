@@ -1,0 +1,362 @@
+"""pynvml, loaded and spoken to in one place.
+
+Every function here is one NVML call with plain values going in and coming out, and with pynvml's traps
+behind it (nvml.md 2): c_uint objects where numbers are meant, arrays that the library fills without
+bounds, errors that are not NVMLError. A call that the driver refuses raises DriverError with its C name
+and code; whether that matters is for the caller to know.
+
+The library is a real libnvidia-ml.so.1, searched where the driver is mounted and loaded by its full path
+before pynvml looks for it, or an object that stands in for one (the simulator).
+"""
+
+import ctypes
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NewType
+
+import pynvml
+
+from migplugin.errors import DriverError, DriverNotReady, LibraryMissing
+from migplugin.nvml.codes import ABSENT, Code, describe
+
+log = logging.getLogger(__name__)
+
+Handle = NewType("Handle", object)
+
+SONAME = "libnvidia-ml.so.1"
+# Where NVIDIA's own plugin looks below the driver root (nvidia-device-plugin.md 1.1).
+LIBRARY_DIRECTORIES = (
+    "usr/lib64",
+    "usr/lib/x86_64-linux-gnu",
+    "usr/lib/aarch64-linux-gnu",
+    "lib64",
+    "lib/x86_64-linux-gnu",
+    "lib/aarch64-linux-gnu",
+)
+
+XID_CRITICAL = 0x8
+MIG_CONFIG_CHANGE = 0x100
+WHOLE = 0xFFFFFFFF  # a GI or CI id that says: not one instance but all of them
+LAST_KNOWN_GI_PROFILE = 0x11
+LAST_KNOWN_CI_PROFILE = 8
+END_OF_PROFILES = 64  # a driver that never says where its profiles end is not asked for ever
+
+
+@dataclass(frozen=True, slots=True)
+class GiProfileInfo:
+    """`name` is "" where the driver is too old to say one; `enum` is the number it was asked by."""
+
+    enum: int
+    id: int
+    slices: int
+    memory_mib: int
+    max_instances: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class GiInfo:
+    id: int
+    profile_id: int
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """Of one MIG device; slices of its GPU instance and of its compute instance."""
+
+    multiprocessors: int
+    gi_slices: int
+    ci_slices: int
+    memory_mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """`device` is the address that identifies a GPU handle within the session."""
+
+    device: int
+    kind: int
+    data: int
+    gi: int | None
+    ci: int | None
+
+
+def load(library: object | None = None, *, search: Path | None = None) -> None:
+    """Makes pynvml speak to `library`, or to the driver's own found below `search` or by its soname.
+
+    Raises LibraryMissing, naming what can be done about it.
+    """
+    if library is None:
+        library = _find(search)
+    pynvml.nvmlLib = library
+    # pynvml keeps every function it has looked up, and a count of its users, for ever.
+    pynvml._nvmlGetFunctionPointer_cache.clear()  # noqa: SLF001
+    pynvml._nvmlLib_refcount = 0  # noqa: SLF001
+
+
+def _find(search: Path | None) -> ctypes.CDLL:
+    unloadable = ""
+    for directory in LIBRARY_DIRECTORIES if search is not None else ():
+        path = (search or Path("/")) / directory / SONAME
+        if not path.exists():
+            continue
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as exc:
+            unloadable = unloadable or f"{path}: {exc}; "
+            continue
+        log.info("NVML library", extra={"path": str(path)})
+        return library
+    try:
+        return ctypes.CDLL(SONAME)
+    except OSError as exc:
+        where = (
+            "not known to the dynamic linker"
+            if search is None
+            else f"not below {search}, nor known to the linker"
+        )
+        at = "" if search is None else f" at {search}"
+        raise LibraryMissing(
+            f"{unloadable}{SONAME} is {where}: run this container with the NVIDIA runtime "
+            f"(runtimeClassName: nvidia), or mount the host's driver root{at}"
+        ) from exc
+
+
+def call(name: str, *args: Any, **options: Any) -> Any:
+    """The answer of one NVML function. Raises DriverError with its C name and code."""
+    try:
+        return getattr(pynvml, name)(*args, **options)
+    except pynvml.NVMLError as exc:
+        code = int(exc.value)
+    except (pynvml.NVMLLibraryMismatchError, AttributeError):
+        # Of a function that this library, or this pynvml, does not have.
+        code = Code.FUNCTION_NOT_FOUND
+    if code in {Code.DRIVER_NOT_LOADED, Code.LIB_RM_VERSION_MISMATCH}:
+        raise DriverNotReady(f"{name}: {describe(code)}", call=name, code=code)
+    raise DriverError(f"{name}: {describe(code)}", call=name, code=code)
+
+
+def unless(codes: frozenset[Code] | set[Code], function: Callable[[], Any], otherwise: Any = None) -> Any:
+    """What `function` answers, or `otherwise` where the driver refuses with one of `codes`."""
+    try:
+        return function()
+    except DriverError as exc:
+        if exc.code not in codes:
+            raise
+        return otherwise
+
+
+def init() -> None:
+    call("nvmlInit")
+
+
+def shutdown() -> None:
+    call("nvmlShutdown")
+
+
+def driver_version() -> str:
+    return str(call("nvmlSystemGetDriverVersion"))
+
+
+def gpu_count() -> int:
+    """Also counts GPUs whose handle is then refused."""
+    return int(call("nvmlDeviceGetCount"))
+
+
+def gpu(index: int) -> Handle:
+    return Handle(call("nvmlDeviceGetHandleByIndex", index))
+
+
+def address(handle: object) -> int:
+    """What identifies a handle within its session: handles themselves never compare equal."""
+    return int(ctypes.cast(handle, ctypes.c_void_p).value or 0)  # type: ignore[arg-type]
+
+
+def uuid(handle: Handle) -> str:
+    return str(call("nvmlDeviceGetUUID", handle))
+
+
+def name(handle: Handle) -> str:
+    return str(call("nvmlDeviceGetName", handle))
+
+
+def minor(handle: Handle) -> int:
+    return int(call("nvmlDeviceGetMinorNumber", handle))
+
+
+def pci_address(handle: Handle) -> str:
+    """As sysfs writes it: `0000:07:00.0`, lower case, a domain of four digits where that is enough."""
+    text = str(call("nvmlDeviceGetPciInfo", handle).busId).lower()
+    domain, _, rest = text.partition(":")
+    return f"{int(domain, 16):04x}:{rest}"
+
+
+def memory_bytes(handle: Handle) -> int:
+    return int(call("nvmlDeviceGetMemoryInfo", handle).total)
+
+
+def mig_mode(handle: Handle) -> tuple[bool, bool] | None:
+    """Current and pending mode; None where the GPU has no MIG."""
+    mode = unless(ABSENT, lambda: call("nvmlDeviceGetMigMode", handle))
+    return None if mode is None else (bool(mode[0]), bool(mode[1]))
+
+
+def gi_profiles(handle: Handle) -> list[GiProfileInfo]:
+    """Every GPU-instance profile of this GPU, in order of NVML's enum; empty where it does not tell.
+
+    The enum is walked to the last number that we know, then on until the driver says that there are no
+    more: a driver newer than this program may have more of them.
+    """
+    found = []
+    for enum in range(END_OF_PROFILES):
+        try:
+            info = _versioned("nvmlDeviceGetGpuInstanceProfileInfo", handle, enum)
+        except DriverError as exc:
+            if exc.code == Code.INVALID_ARGUMENT and enum > LAST_KNOWN_GI_PROFILE:
+                break
+            if exc.code in {*ABSENT, Code.INVALID_ARGUMENT}:
+                continue
+            raise
+        found.append(
+            GiProfileInfo(
+                enum,
+                int(info.id),
+                int(info.sliceCount),
+                int(info.memorySizeMB),
+                int(info.instanceCount),
+                _text(getattr(info, "name", "")),
+            )
+        )
+    return found
+
+
+def placements(handle: Handle, profile_id: int) -> list[tuple[int, int]]:
+    """Every possible (start, size) of a GPU-instance profile, taken or not."""
+    count = ctypes.c_uint(0)
+    call("nvmlDeviceGetGpuInstancePossiblePlacements", handle, profile_id, None, ctypes.byref(count))
+    if not count.value:
+        return []
+    # One more look at the count: the array is filled without bounds.
+    array = (pynvml.c_nvmlGpuInstancePlacement_t * count.value)()
+    call("nvmlDeviceGetGpuInstancePossiblePlacements", handle, profile_id, array, ctypes.byref(count))
+    return [(int(p.start), int(p.size)) for p in array[: count.value]]
+
+
+def gis(handle: Handle, profile_id: int, most: int) -> list[GiInfo]:
+    """The live GPU instances of a profile, of which there are at most `most`."""
+    count = ctypes.c_uint(0)
+    # The library writes without bounds; some drivers report a wrong `most` (A30), so there is room to spare.
+    array = (pynvml.c_nvmlGpuInstance_t * max(2 * most, 16))()
+    call("nvmlDeviceGetGpuInstances", handle, profile_id, array, ctypes.byref(count))
+    return [gi_info(Handle(array[number])) for number in range(min(count.value, len(array)))]
+
+
+def gi(handle: Handle, gi_id: int) -> Handle:
+    return Handle(call("nvmlDeviceGetGpuInstanceById", handle, gi_id))
+
+
+def gi_info(gi_handle: Handle) -> GiInfo:
+    info = call("nvmlGpuInstanceGetInfo", gi_handle)
+    return GiInfo(int(info.id), int(info.profileId), int(info.placement.start), int(info.placement.size))
+
+
+def ci_slices(gi_handle: Handle, ci_id: int) -> int | None:
+    """How many compute slices a compute instance has; None where the driver does not tell."""
+    ci = call("nvmlGpuInstanceGetComputeInstanceById", gi_handle, ci_id)
+    profile_id = int(unless(ABSENT, lambda: call("nvmlComputeInstanceGetInfo", ci).profileId, -1))
+    for enum in range(END_OF_PROFILES):
+        try:
+            info = _versioned("nvmlGpuInstanceGetComputeInstanceProfileInfo", gi_handle, enum, 0)
+        except DriverError as exc:
+            if exc.code == Code.INVALID_ARGUMENT and enum > LAST_KNOWN_CI_PROFILE:
+                break
+            if exc.code in {*ABSENT, Code.INVALID_ARGUMENT}:
+                continue
+            raise
+        if int(info.id) == profile_id:
+            return int(info.sliceCount)
+    return None
+
+
+def most_mig_devices(handle: Handle) -> int:
+    """How many MIG devices the GPU can have; 0 with MIG off. Never how many it has."""
+    return int(unless(ABSENT, lambda: call("nvmlDeviceGetMaxMigDeviceCount", handle), 0))
+
+
+def mig_device(handle: Handle, index: int) -> Handle | None:
+    """The MIG device in slot `index`; None for an empty slot, after which others may follow."""
+    empty = {Code.NOT_FOUND, Code.INVALID_ARGUMENT}
+    return unless(empty, lambda: Handle(call("nvmlDeviceGetMigDeviceHandleByIndex", handle, index)))  # type: ignore[no-any-return]
+
+
+def gi_id(mig_handle: Handle) -> int:
+    return int(call("nvmlDeviceGetGpuInstanceId", mig_handle))
+
+
+def ci_id(mig_handle: Handle) -> int:
+    return int(call("nvmlDeviceGetComputeInstanceId", mig_handle))
+
+
+def attributes(mig_handle: Handle) -> Attributes:
+    found = call("nvmlDeviceGetAttributes", mig_handle)
+    return Attributes(
+        int(found.multiprocessorCount),
+        int(found.gpuInstanceSliceCount),
+        int(found.computeInstanceSliceCount),
+        int(found.memorySizeMB),
+    )
+
+
+def new_event_set() -> Handle:
+    return Handle(call("nvmlEventSetCreate"))
+
+
+def free_event_set(events: Handle) -> None:
+    call("nvmlEventSetFree", events)
+
+
+def register(handle: Handle, kind: int, events: Handle) -> bool:
+    """Whether this GPU sends events of `kind` into `events` now. Register one kind at a time: one that is
+    not supported has nothing registered of all.
+    """
+    if not supported_events(handle) & kind:
+        return False
+    refused = {*ABSENT, Code.INVALID_ARGUMENT, Code.NO_PERMISSION}
+    return bool(unless(refused, lambda: [call("nvmlDeviceRegisterEvents", handle, kind, events)], []))
+
+
+def supported_events(handle: Handle) -> int:
+    return int(unless(ABSENT, lambda: call("nvmlDeviceGetSupportedEventTypes", handle), 0))
+
+
+def wait(events: Handle, timeout_ms: int) -> Event | None:
+    """The next event, or None when none came in time. Blocks its thread only."""
+    data = unless({Code.TIMEOUT}, lambda: call("nvmlEventSetWait", events, timeout_ms))
+    if data is None:
+        return None
+    instance, compute = int(data.gpuInstanceId), int(data.computeInstanceId)
+    return Event(
+        address(data.device),
+        int(data.eventType),
+        int(data.eventData),
+        None if instance == WHOLE else instance,
+        None if compute == WHOLE else compute,
+    )
+
+
+def _versioned(function: str, *args: Any) -> Any:
+    """The second version of a profile query, which carries a name, or the first where there is no second."""
+    try:
+        return call(function, *args, version=2)
+    except DriverError as exc:
+        if exc.code != Code.FUNCTION_NOT_FOUND:
+            raise
+        return call(function, *args, version=1)
+
+
+def _text(value: Any) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

@@ -1,0 +1,111 @@
+"""The thread that waits for the driver to say something.
+
+It blocks in nvmlEventSetWait, half a second at a time, because a session must not end under a thread
+that waits in it. It carries and does not decide: a change of geometry becomes a wake-up, an XID
+becomes a Fault in a mailbox that merges by scope. An error of the wait itself (a lost GPU repeats it at
+once, for ever) is a reason to look, and then to wait longer each time: never a spin.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from migplugin.aio import Mailbox
+from migplugin.core.decide import Fault
+from migplugin.core.inventory import GpuUuid
+from migplugin.errors import DriverError
+from migplugin.nvml import binding
+from migplugin.nvml.binding import MIG_CONFIG_CHANGE, XID_CRITICAL, Handle
+
+log = logging.getLogger(__name__)
+
+WAIT_MS = 500
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
+
+Scope = tuple[GpuUuid, int | None, int | None, int]
+
+
+def merge(old: Fault, new: Fault) -> Fault:
+    return replace(old, count=old.count + new.count, last=new.last)
+
+
+class Registration:
+    """One event set, and which GPUs send what into it. Made and freed on the thread that owns NVML."""
+
+    def __init__(self) -> None:
+        self.events: Handle = binding.new_event_set()
+        self.gpus: dict[int, GpuUuid] = {}
+        self._geometry: set[GpuUuid] = set()
+
+    def add(self, handle: Handle, uuid: GpuUuid) -> None:
+        """Registers what is not registered yet; call it again when a GPU may have more to say."""
+        if binding.address(handle) not in self.gpus:
+            binding.register(handle, XID_CRITICAL, self.events)
+            self.gpus[binding.address(handle)] = uuid
+        if uuid not in self._geometry and binding.register(handle, MIG_CONFIG_CHANGE, self.events):
+            self._geometry.add(uuid)
+
+    def tells_geometry_of(self, uuids: set[GpuUuid]) -> bool:
+        return uuids <= self._geometry
+
+    def free(self) -> None:
+        binding.free_event_set(self.events)
+
+
+class EventThread:
+    """Waits on one registration until stopped."""
+
+    def __init__(
+        self,
+        registration: Registration,
+        faults: Mailbox[Scope, Fault],
+        on_geometry: Callable[[], None],
+        on_fault: Callable[[], None],
+    ) -> None:
+        self._events = registration.events
+        self._gpus: Mapping[int, GpuUuid] = registration.gpus
+        self._faults = faults
+        self._on_geometry = on_geometry
+        self._on_fault = on_fault
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="nvml-events", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout: float = 2.0) -> bool:
+        """Whether the thread has left NVML; where not, the session must not be ended."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        pause = 0.0
+        while not self._stop.wait(pause):
+            try:
+                event = binding.wait(self._events, WAIT_MS)
+            except DriverError as exc:
+                if not pause:
+                    log.warning("waiting for events failed, will try again", extra={"reason": str(exc)})
+                    self._on_geometry()
+                pause = min(max(2 * pause, SHORTEST_PAUSE), LONGEST_PAUSE)
+                continue
+            pause = 0.0
+            if event is not None:
+                self._carry(event)
+
+    def _carry(self, event: binding.Event) -> None:
+        if event.kind == MIG_CONFIG_CHANGE:
+            self._on_geometry()
+            return
+        uuid = self._gpus.get(event.device)
+        if uuid is None or event.kind != XID_CRITICAL:
+            log.debug("an event that we did not ask for", extra={"kind": event.kind, "data": event.data})
+            return
+        now = time.monotonic()
+        fault = Fault(uuid, event.gi, event.ci, event.data, 1, now, now)
+        self._faults.put((uuid, event.gi, event.ci, event.data), fault)
+        self._on_fault()
