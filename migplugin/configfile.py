@@ -1,0 +1,187 @@
+"""The configuration file: NVIDIA's v1 format, YAML or JSON, read strictly but served leniently.
+
+NVIDIA's plugin ignores what it does not know, so a misspelt key is a setting that silently is not set.
+Here every unknown or doubled key is a finding, with its line and the nearest key that exists; the file is
+served all the same. A wrong type is an error: then nothing of the file is taken.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from migplugin.errors import InputError
+
+MAX_BYTES = 1 << 20  # a ConfigMap cannot be larger
+MAX_DEPTH = 20
+
+# What the file may hold, as a tree; None ends a path, and a list holds the shape of its items.
+SHAPE: Mapping[str, Any] = {
+    "version": None,
+    "flags": {
+        "migStrategy": None,
+        "failOnInitError": None,
+        "mpsRoot": None,
+        "nvidiaDriverRoot": None,
+        "nvidiaDevRoot": None,
+        "gdrcopyEnabled": None,
+        "gdsEnabled": None,
+        "mofedEnabled": None,
+        "useNodeFeatureAPI": None,
+        "deviceDiscoveryStrategy": None,
+        "plugin": {
+            "passDeviceSpecs": None,
+            "deviceListStrategy": None,
+            "deviceIDStrategy": None,
+            "cdiAnnotationPrefix": None,
+            "nvidiaCTKPath": None,
+            "containerDriverRoot": None,
+            "sharedDevicesAllocationPolicy": None,
+        },
+        "gfd": {
+            "oneshot": None,
+            "noTimestamp": None,
+            "sleepInterval": None,
+            "outputFile": None,
+            "machineTypeFile": None,
+        },
+    },
+    "resources": {
+        "gpus": [{"pattern": None, "name": None}],
+        "mig": [{"pattern": None, "name": None}],
+    },
+    "sharing": {
+        name: {
+            "renameByDefault": None,
+            "failRequestsGreaterThanOne": None,
+            "resources": [{"name": None, "rename": None, "devices": None, "replicas": None}],
+        }
+        for name in ("timeSlicing", "mps")
+    },
+    "imex": {"channelIDs": None, "required": None},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """What a file says: `values` by dotted path (`flags.migStrategy`), the two lists that are more than
+    values, and `findings`, one sentence for each thing in it that is not understood.
+    """
+
+    source: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    resources: Mapping[str, Any] = field(default_factory=dict)
+    sharing: Mapping[str, Any] = field(default_factory=dict)
+    findings: tuple[str, ...] = ()
+
+
+def read(path: Path) -> Document:
+    """The document at `path`. Raises InputError where it cannot be read or is no such document."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as exc:
+        raise InputError(f"--config-file={path}: {(exc.strerror or str(exc)).lower()}") from exc
+    if len(content) > MAX_BYTES:
+        raise InputError(f"--config-file={path}: larger than {MAX_BYTES} bytes")
+    return parse(content, str(path))
+
+
+def parse(content: bytes, source: str) -> Document:
+    """The document in `content`. Raises InputError."""
+    try:
+        node = yaml.compose(content.decode(), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as exc:
+        raise InputError(f"{source}: not YAML or JSON: {_one_line(exc)}") from exc
+    findings: list[str] = []
+    plain = {} if node is None else _plain(node, "", findings, source, 0)
+    if plain is None:
+        plain = {}
+    if not isinstance(plain, dict):
+        raise InputError(f"{source}: expected a mapping at the top, not {type(plain).__name__}")
+    if (version := plain.get("version", "v1")) not in {"v1", "", None}:
+        raise InputError(f"{source}: version: {version!r}: expected v1")
+    _compare(plain, SHAPE, "", findings, source)
+    values: dict[str, Any] = {}
+    _flatten({key: plain.get(key) for key in ("flags", "imex")}, "", values)
+    return Document(
+        source, values, plain.get("resources") or {}, plain.get("sharing") or {}, tuple(findings)
+    )
+
+
+def _plain(node: yaml.Node, path: str, findings: list[str], source: str, depth: int) -> Any:
+    """Python values of a YAML tree; a key that comes twice is a finding, and its last value counts."""
+    if depth > MAX_DEPTH:
+        raise InputError(f"{source}: nested deeper than {MAX_DEPTH} levels at {path}")
+    if isinstance(node, yaml.MappingNode):
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise InputError(f"{source}:{_line(key_node)}: {path or 'top'}: a key must be plain text")
+            key = key_node.value
+            if key in result:
+                where = f"{source}:{_line(key_node)}: {_join(path, key)}"
+                findings.append(f"{where}: given twice, the last one counts")
+            result[key] = _plain(value_node, _join(path, key), findings, source, depth + 1)
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [
+            _plain(item, f"{path}[{number}]", findings, source, depth + 1)
+            for number, item in enumerate(node.value)
+        ]
+    try:
+        return yaml.SafeLoader("").construct_object(node)  # type: ignore[no-untyped-call]
+    except (yaml.YAMLError, ValueError) as exc:
+        raise InputError(f"{source}:{_line(node)}: {path}: {_one_line(exc)}") from exc
+
+
+def _compare(found: Any, shape: Any, path: str, findings: list[str], source: str) -> None:
+    if shape is None or found is None:
+        return
+    if isinstance(shape, list):
+        if not isinstance(found, list):
+            raise InputError(f"{source}: {path}: expected a list, not {_kind(found)}")
+        for number, item in enumerate(found):
+            _compare(item, shape[0], f"{path}[{number}]", findings, source)
+        return
+    if not isinstance(found, dict):
+        raise InputError(f"{source}: {path}: expected a mapping, not {_kind(found)}")
+    for key, value in found.items():
+        if key in shape:
+            _compare(value, shape[key], _join(path, key), findings, source)
+            continue
+        near = difflib.get_close_matches(key, shape, 1)
+        hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(shape)}"
+        findings.append(f"{source}: {_join(path, key)}: {_short(value)}: unknown key, ignored{hint}")
+
+
+def _flatten(tree: Mapping[str, Any], path: str, into: dict[str, Any]) -> None:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _flatten(value, _join(path, key), into)
+        elif value is not None:
+            into[_join(path, key)] = value
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", dict: "a mapping", str: "text", bool: "a boolean"}.get(type(value), "a number")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(exc: BaseException) -> str:
+    return " ".join(str(exc).split())[:200]
