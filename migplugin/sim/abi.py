@@ -18,21 +18,21 @@ from ctypes import CFUNCTYPE, c_int, c_void_p, create_string_buffer
 from typing import Any
 
 from migplugin.errors import SimulatorError
-from migplugin.sim import device_calls, event_calls, instance_calls, system_calls
+from migplugin.sim import ci_calls, device_calls, event_calls, gi_calls, mig_calls, system_calls, usage_calls
 from migplugin.sim.call import Call, Export, Injected
 from migplugin.sim.codes import TEXTS, Code
 from migplugin.sim.model import Node, Refusal
 from migplugin.sim.records import Switches
 from migplugin.sim.session import Session
-from migplugin.sim.store import Store, Watch
+from migplugin.sim.store import Store
+from migplugin.sim.watch import Watch
 
 log = logging.getLogger(__name__)
 
 EXPORTS: dict[str, Export] = {
-    **system_calls.EXPORTS.by_name,
-    **device_calls.EXPORTS.by_name,
-    **instance_calls.EXPORTS.by_name,
-    **event_calls.EXPORTS.by_name,
+    name: export
+    for calls in (system_calls, device_calls, usage_calls, mig_calls, gi_calls, ci_calls, event_calls)
+    for name, export in calls.EXPORTS.by_name.items()
 }
 
 _WITHOUT_SESSION = frozenset({"nvmlInit", "nvmlInit_v2", "nvmlInitWithFlags", "nvmlShutdown"})

@@ -4,8 +4,9 @@ A function reads its arguments as C passed them (numbers and addresses), raises 
 a code, and returns nothing for SUCCESS. `Exports` collects them under their C names.
 """
 
+import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from ctypes import c_char, c_int, c_uint, c_ulonglong, c_void_p
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
@@ -14,7 +15,17 @@ from migplugin.sim.codes import Code
 from migplugin.sim.model import Gpu, Node, Refusal
 from migplugin.sim.privilege import privileges
 from migplugin.sim.records import CiRecord, GiRecord
-from migplugin.sim.session import CiHandle, GiHandle, GpuHandle, MigHandle, Session, find_ci, find_gi
+from migplugin.sim.session import (
+    CiHandle,
+    GiHandle,
+    GpuHandle,
+    MigHandle,
+    Session,
+    Target,
+    find_ci,
+    find_gi,
+)
+from migplugin.sim.structs import Placement
 
 HANDLE = POINTER = c_void_p
 INT, UINT, ULONGLONG = c_int, c_uint, c_ulonglong
@@ -130,7 +141,19 @@ class Call:
         if not self.may(privilege):
             self.refuse(Code.NO_PERMISSION, f"the caller lacks {privilege!r}")
 
-    # -- writing through the caller's pointers ----------------------------------------------------------
+    def mig_gpu(self, handle: int | None) -> Gpu:
+        """The GPU behind a GPU handle, if MIG is on there."""
+        gpu = self.gpu(handle)
+        if not gpu.record.mig_current:
+            self.refuse(Code.NOT_SUPPORTED, f"MIG is off on GPU {gpu.index}")
+        return gpu
+
+    @contextlib.contextmanager
+    def change(self, gpu: Gpu) -> Iterator[Gpu]:
+        """`gpu` as it is under the lock, to be changed; afterwards this session knows of the change."""
+        with self.session.store.change() as node:
+            yield node.by_uuid[gpu.uuid]
+        self.session.saw_own_change(node, gpu.uuid)
 
     def struct(self, address: int | None, kind: type[S]) -> S:
         """The caller's struct at `address`, in our own layout."""
@@ -163,6 +186,24 @@ class Call:
         if len(raw) > length:
             self.refuse(Code.INSUFFICIENT_SIZE, f"{len(raw)} bytes do not fit in {length}")
         (c_char * len(raw)).from_address(address).raw = raw
+
+    def put_handles(self, address: int | None, count: int | None, targets: Iterable[Target]) -> None:
+        """Write an array of handles and its length. Nothing checks the caller's room, as in nvml.h."""
+        if not address:
+            self.refuse(Code.INVALID_ARGUMENT, "a NULL array")
+        handles = [self.session.handle(target) for target in targets]
+        self.put(count, len(handles))
+        for slot, handle in enumerate(handles):
+            self.put_handle(address + slot * ctypes.sizeof(c_void_p), handle)
+
+    def put_placements(
+        self, address: int | None, count: int | None, starts: Sequence[int], size: int
+    ) -> None:
+        """Write an array of placements and its length; without an array the length alone."""
+        self.put(count, len(starts))
+        for slot, start in enumerate(starts if address else ()):
+            place = Placement.from_address((address or 0) + slot * ctypes.sizeof(Placement))
+            place.start, place.size = start, size
 
 
 class Injected(Exception):

@@ -13,8 +13,8 @@ from migplugin.sim.model import Gpu, Node
 from migplugin.sim.privilege import MONITOR
 from migplugin.sim.records import WHOLE, Event
 from migplugin.sim.session import EventSet, GpuHandle, Session
-from migplugin.sim.store import Watch
 from migplugin.sim.structs import EventData
+from migplugin.sim.watch import Watch
 
 EXPORTS = Exports()
 

@@ -170,8 +170,6 @@ class Gpu:
         pairs = [(g.id, c.id) for g, c in self.mig_devices()]
         return pairs.index((gi.id, ci.id))
 
-    # -- changing it ------------------------------------------------------------------------------
-
     def create(self, name: str, start: int | None = None, *, compute: bool = True) -> GiRecord:
         """A new GPU instance of the profile called `name`, with one compute instance that takes all of it.
 

@@ -11,13 +11,15 @@ What this session itself creates or destroys it does see.
 import os
 import threading
 from dataclasses import dataclass, field
+from typing import Self
 
 import msgspec
 
 from migplugin.sim.codes import Code
 from migplugin.sim.model import Gpu, Node, Refusal
 from migplugin.sim.records import CiRecord, GiRecord
-from migplugin.sim.store import Store, Watch
+from migplugin.sim.store import Store
+from migplugin.sim.watch import Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +34,20 @@ class MigHandle:
     ci: int
     serial: int
 
+    @classmethod
+    def of(cls, gpu: Gpu, gi: GiRecord, ci: CiRecord) -> Self:
+        return cls(gpu.uuid, gi.id, ci.id, ci.serial)
+
 
 @dataclass(frozen=True, slots=True)
 class GiHandle:
     uuid: str
     gi: int
     serial: int
+
+    @classmethod
+    def of(cls, gpu: Gpu, gi: GiRecord) -> Self:
+        return cls(gpu.uuid, gi.id, gi.serial)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +56,10 @@ class CiHandle:
     gi: int
     ci: int
     serial: int
+
+    @classmethod
+    def of(cls, gpu: Gpu, gi: GiRecord, ci: CiRecord) -> Self:
+        return cls(gpu.uuid, gi.id, ci.id, ci.serial)
 
 
 @dataclass(slots=True, eq=False)

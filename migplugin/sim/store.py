@@ -14,12 +14,8 @@ noise is that rename. Nothing here ever polls on a timer.
 """
 
 import contextlib
-import ctypes
-import errno
 import fcntl
-import math
 import os
-import select
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,9 +28,6 @@ from migplugin.sim.model import Node
 from migplugin.sim.records import FORMAT, Event, NodeRecord
 
 JOURNAL_LIMIT = 256 * 1024  # bytes: some 3,000 events
-
-_IN_MOVED_TO = 0x80
-_IN_DELETE_SELF = 0x400
 
 
 class Store:
@@ -150,8 +143,6 @@ class Store:
             f"make one with: migplugin sim --state {self.state_dir} init SPEC"
         )
 
-    # -- writing ------------------------------------------------------------------------------------
-
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         try:
@@ -213,8 +204,6 @@ class Store:
         done = last[0].seq if last else 0
         self._append([event for event in record.outbox if event.seq > done])
 
-    # -- reading ------------------------------------------------------------------------------------
-
     def _raw_journal(self) -> bytes:
         try:
             return self._journal.read_bytes()
@@ -251,37 +240,6 @@ class _Versioned(msgspec.Struct):
     version: int
 
 
-class Watch:
-    """Tells when the state in a directory was replaced: poll(2) on inotify, without the GIL or a timer."""
-
-    def __init__(self, state_dir: Path) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        self._fd: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        if self._fd < 0:
-            raise _os_error("inotify_init1")
-        if libc.inotify_add_watch(self._fd, os.fsencode(state_dir), _IN_MOVED_TO | _IN_DELETE_SELF) < 0:
-            error = _os_error("inotify_add_watch")
-            os.close(self._fd)
-            raise error
-        self._poll = select.poll()
-        self._poll.register(self._fd, select.POLLIN)
-
-    def wait(self, timeout: float | None) -> bool:
-        """Whether something happened within `timeout` seconds (None: for ever). True may be a false alarm."""
-        millis = None if timeout is None else min(math.ceil(max(timeout, 0) * 1000), 2**31 - 1)
-        if not self._poll.poll(millis):
-            return False
-        with contextlib.suppress(BlockingIOError):
-            while os.read(self._fd, 4096):
-                pass
-        return True
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
 def _continue(record: NodeRecord, old: NodeRecord) -> None:
     """Number `record` on from where `old` was."""
     record.last_seq += old.last_seq
@@ -291,9 +249,3 @@ def _continue(record: NodeRecord, old: NodeRecord) -> None:
             gi.serial += old.last_serial
             for ci in gi.compute:
                 ci.serial += old.last_serial
-
-
-def _os_error(call: str) -> SimulatorError:
-    code = ctypes.get_errno()
-    hint = "; raise fs.inotify.max_user_instances" if code == errno.EMFILE else ""
-    return SimulatorError(f"{call} failed: {os.strerror(code)}{hint}")

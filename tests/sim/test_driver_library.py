@@ -29,9 +29,6 @@ INSUFFICIENT_SIZE, GPU_IS_LOST, IN_USE, INSUFFICIENT_RESOURCES, UNKNOWN = 7, 15,
 WHOLE = 0xFFFFFFFF
 
 
-# -- the session ------------------------------------------------------------------------------------
-
-
 def test_nothing_works_before_init_and_after_the_last_shutdown() -> None:
     with driver() as d:
         gpu = d.gpu()
@@ -127,9 +124,6 @@ def test_null_pointers_are_an_argument_error_in_every_call() -> None:
                 assert code == INVALID_ARGUMENT, name
 
 
-# -- finding GPUs -----------------------------------------------------------------------------------
-
-
 def test_gpus_are_found_by_index_uuid_and_pci_address() -> None:
     with driver("2xa100-40gb") as d:
         assert pynvml.nvmlDeviceGetCount() == 2
@@ -217,9 +211,6 @@ def test_field_values_tell_what_the_driver_can() -> None:
             assert [value.value.uiVal for value in values[:2]] == [resetless, 1]
 
 
-# -- memory, utilisation, processes -------------------------------------------------------------------
-
-
 def test_memory_of_a_gpu_without_mig_is_the_boards() -> None:
     with driver() as d:
         info = pynvml.nvmlDeviceGetMemoryInfo(d.gpu())
@@ -264,9 +255,6 @@ def test_process_on_a_gpu_without_mig_has_no_instance() -> None:
         d.change(lambda node: node.gpus[0].record.processes.append(Process(9, "p")))
         (process,) = pynvml.nvmlDeviceGetComputeRunningProcesses(d.gpu())
         assert (process.gpuInstanceId, process.computeInstanceId) == (WHOLE, WHOLE)
-
-
-# -- MIG devices --------------------------------------------------------------------------------------
 
 
 def test_mig_devices_are_listed_compactly_by_gpu_instance_id() -> None:
@@ -315,9 +303,6 @@ def test_attributes_are_the_compute_instances_share_and_the_gpu_instances_memory
         assert (found.sharedEncoderCount, found.sharedJpegCount, found.sharedOfaCount) == (0, 0, 0)
 
 
-# -- the mode -----------------------------------------------------------------------------------------
-
-
 def test_mode_is_changed_and_its_activation_told_apart() -> None:
     with driver() as d:
         assert pynvml.nvmlDeviceGetMigMode(d.gpu()) == [0, 0]
@@ -338,9 +323,6 @@ def test_with_mig_off_instances_are_not_supported_but_profiles_are_told() -> Non
         assert refused("nvmlDeviceGetGpuInstanceById", gpu, 0) == NOT_SUPPORTED
         assert refused("nvmlDeviceGetGpuInstanceRemainingCapacity", gpu, 19) == NOT_SUPPORTED
         assert refused("nvmlDeviceGetGpuInstances", gpu, 19, None, byref(c_uint())) == NOT_SUPPORTED
-
-
-# -- profiles -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("product", profiles.table().products, ids=lambda p: p.cli_name)
@@ -421,9 +403,6 @@ def test_unknown_profile_id_is_an_invalid_argument_in_every_call() -> None:
             assert refused(call, gpu, 19, *rest) == INVALID_ARGUMENT, call
 
 
-# -- GPU instances ------------------------------------------------------------------------------------
-
-
 def test_gpu_instance_lives_from_create_to_destroy() -> None:
     with driver("1xa100-40gb=") as d:
         gpu = d.gpu()
@@ -476,9 +455,6 @@ def test_gpu_instance_with_compute_instances_is_in_use() -> None:
         pynvml.nvmlComputeInstanceDestroy(ci)
         d.change(lambda node: setattr(node.gpus[0].instances[0], "leaked", True))
         assert refused("nvmlGpuInstanceDestroy", gi) == IN_USE
-
-
-# -- compute instances --------------------------------------------------------------------------------
 
 
 def test_compute_instance_lives_from_create_to_destroy() -> None:
@@ -550,9 +526,6 @@ def test_compute_instances_have_room_and_places() -> None:
         assert refused("nvmlGpuInstanceCreateComputeInstance", gi, 4) == NOT_SUPPORTED
 
 
-# -- a lost GPU ---------------------------------------------------------------------------------------
-
-ON_A_GPU = [
     ("nvmlDeviceGetName", ()),
     ("nvmlDeviceGetUUID", ()),
     ("nvmlDeviceGetIndex", ()),

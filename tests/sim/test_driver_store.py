@@ -15,7 +15,8 @@ from migplugin.errors import SimulatorError
 from migplugin.sim import files, spec
 from migplugin.sim import store as store_module
 from migplugin.sim.model import Node
-from migplugin.sim.store import Store, Watch
+from migplugin.sim.store import Store
+from migplugin.sim.watch import Watch
 
 
 def _made(state: Path, text: str = "1xa100-40gb=") -> Store:

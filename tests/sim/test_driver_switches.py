@@ -288,9 +288,6 @@ def test_uuid_of_a_device_made_again_is_the_old_one_or_a_new_one(reuse: bool) ->
         assert (d.mig_uuids() == before) is reuse
 
 
-# -- by name ------------------------------------------------------------------------------------------
-
-
 def test_every_switch_has_a_meaning_and_every_meaning_a_switch() -> None:
     assert set(MEANING) == set(Switches.__struct_fields__)
 
