@@ -20,7 +20,7 @@ from migplugin.errors import InputError, MigpluginError, SimulatorError
 from migplugin.sim import picture, spec
 from migplugin.sim.codes import TEXTS, Code, EventType
 from migplugin.sim.driver import Simulation
-from migplugin.sim.model import Gpu
+from migplugin.sim.model import Gpu, Node
 from migplugin.sim.records import WHOLE, Process
 from migplugin.sim.store import Store
 from migplugin.sim.switches import MEANING, set_switch
@@ -80,6 +80,8 @@ def _told(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except MigpluginError as exc:
             raise _failure(str(exc), 2 if isinstance(exc, InputError) else 1) from exc
+        except OSError as exc:
+            raise _failure(f"{exc.filename}: {exc.strerror}", 1) from exc
 
     return tell
 
@@ -107,29 +109,16 @@ def init(store: Store, node: str, seed: str, switches: tuple[str, ...], replace:
         with Simulation.open(node) as simulation:
             click.echo(f"files of {simulation.state_dir} derived again")
         return
-    early, late = _split_switches(switches)
-    built = spec.build(node, seed=seed)
-    if early:
-        empty = spec.build(node.split("=", maxsplit=1)[0] if "=" in node else node, seed=seed)
-        for name, value in early:
-            set_switch(empty, name, value)
-        built = spec.build(node, seed=seed, switches=empty.switches)
-    for name, value in late:
-        set_switch(built, name, value)
-    store.create(built, replace=replace)
+
+    def prepare(bare: Node) -> None:
+        for text in switches:
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise InputError(f"--switch {text!r} is not NAME=VALUE")
+            set_switch(bare, name, value)
+
+    store.create(spec.build(node, seed=seed, prepare=prepare), replace=replace)
     click.echo(picture.draw(store.read()))
-
-
-def _split_switches(given: tuple[str, ...]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Those that decide how instances are made, and the rest."""
-    pairs = []
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise InputError(f"--switch {text!r} is not NAME=VALUE")
-        pairs.append((name.replace("-", "_"), value))
-    making = {"gi_ids", "uuid_format", "uuid_reuse"}
-    return [p for p in pairs if p[0] in making], [p for p in pairs if p[0] not in making]
 
 
 @sim.command()
@@ -261,16 +250,22 @@ def _instance(text: str) -> tuple[int, int | None]:
 
 def _destroy(card: Gpu, gi: int, ci: int | None, *, force: bool) -> None:
     if force:
-        record = card.gi(gi)
-        record.leaked = False
-        for there in record.compute:
-            if ci in {None, there.id}:
-                there.processes.clear()
-                there.leaked = False
+        _end(card, gi, ci)
     if ci is None:
         card.destroy(gi)
     else:
         card.destroy_ci(gi, ci)
+
+
+def _end(card: Gpu, gi: int | None, ci: int | None) -> None:
+    """End the processes and leaked handles on a GPU as a whole, a GPU instance, or a compute instance."""
+    if gi is None:
+        card.record.processes.clear()
+        return
+    card.gi(gi).leaked = False
+    for there in card.gi(gi).compute if ci is None else [card.ci(gi, ci)]:
+        there.leaked = False
+        there.processes.clear()
 
 
 @sim.command("mig-mode")
@@ -353,24 +348,20 @@ def busy(
     leak: bool,
 ) -> None:
     """Let a process run on a compute instance (GPU GI [CI]; CI defaults to 0), or on a GPU as a whole."""
+    if leak and gi is None:
+        raise InputError("a leaked handle is on an instance: say which GI")
     with store.change() as node:
         card = node.gpu(gpu)
-        if gi is None:
-            if leak:
-                raise InputError("a leaked handle is on an instance: say which GI")
-            processes = card.record.processes
-        else:
-            holder = card.gi(gi) if leak and ci is None else card.ci(gi, ci or 0)
-            if clear:
-                card.gi(gi).leaked = card.ci(gi, ci or 0).leaked = False
-            elif leak:
-                holder.leaked = True
-            processes = card.ci(gi, ci or 0).processes
         if clear:
-            processes.clear()
-        elif not leak:
+            _end(card, gi, ci)
+        elif leak:
+            assert gi is not None
+            holder = card.gi(gi) if ci is None else card.ci(gi, ci)
+            holder.leaked = True
+        else:
             used = {process.pid for other in node.gpus for process, _, _ in other.processes}
             pid = pid or next(number for number in range(4242, 1 << 22) if number not in used)
+            processes = card.record.processes if gi is None else card.ci(gi, ci or 0).processes
             processes.append(Process(pid, name, memory))
     what = "free" if clear else "a leaked handle" if leak else f"in use by {name} ({pid})"
     click.echo(f"GPU {gpu}{'' if gi is None else f' gi {gi}'}: {what}")

@@ -11,6 +11,7 @@ instances.
 
 import difflib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from migplugin.errors import InputError
@@ -57,11 +58,22 @@ def parse(spec: str) -> tuple[Group, ...]:
     return tuple(groups)
 
 
-def build(spec: str, *, seed: str = "", switches: Switches | None = None) -> Node:
-    """The node that `spec` describes, deterministic in `spec` and `seed`. InputError if it cannot be."""
+def build(
+    spec: str,
+    *,
+    seed: str = "",
+    switches: Switches | None = None,
+    prepare: Callable[[Node], None] | None = None,
+) -> Node:
+    """The node that `spec` describes, deterministic in `spec` and `seed`. InputError if it cannot be.
+
+    `prepare` gets the node while its GPUs are still empty, when every switch may be set.
+    """
     groups = parse(spec)
     gpus = [(group.product, group.wanted is not None) for group in groups for _ in range(group.count)]
     node = new_node(spec, seed, gpus, switches or Switches())
+    if prepare is not None:
+        prepare(node)
     wanted = [group.wanted or () for group in groups for _ in range(group.count)]
     for gpu, profiles_wanted in zip(node.gpus, wanted, strict=True):
         _carve(gpu, profiles_wanted)

@@ -59,7 +59,9 @@ class Store:
                     f"{self.state_dir} already holds a simulated driver; use it as it is, or init --replace"
                 )
             node.record.outbox = []
-            if self.exists:
+            if not self.exists:
+                self._journal.unlink(missing_ok=True)  # of a driver that somebody removed by hand
+            else:
                 with contextlib.suppress(SimulatorError):  # a damaged state is what one replaces
                     _continue(node.record, self._decode(self._state.read_bytes()))
             wanted = files.plan(node)

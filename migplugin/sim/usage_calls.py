@@ -54,7 +54,7 @@ def compute_processes(call: Call, device: int | None, count: int | None, out: in
     """A MIG device's own, or all of a GPU with their ids, which with MIG on takes privilege."""
     target = call.device(device)
     if isinstance(target, Mig):
-        found = [(process, target.gi.id, target.ci.id) for process in _live(call, target).processes]
+        found = [(process, target.gi.id, target.ci.id) for process in _live(call, target)[0]]
     else:
         if target.record.mig_current:
             call.require(MONITOR)
@@ -76,20 +76,12 @@ def other_processes(call: Call, device: int | None, count: int | None, out: int 
     _give_processes(call, [], count, out)
 
 
-def _live(call: Call, device: Mig) -> "_Running":
-    """Who runs on the device now. In a stale session it may be gone, and then it is nobody."""
+def _live(call: Call, device: Mig) -> tuple[list[Process], int]:
+    """Who runs on the device now, and the MiB used in its GPU instance. On one that is gone: nobody."""
     for gi, ci in call.node.by_uuid[device.gpu.uuid].mig_devices():
         if ci.serial == device.ci.serial:
-            return _Running(
-                tuple(ci.processes), sum(p.memory_mib for other in gi.compute for p in other.processes)
-            )
-    return _Running((), 0)
-
-
-class _Running:
-    def __init__(self, processes: tuple[Process, ...], gi_used_mib: int) -> None:
-        self.processes = processes
-        self.gi_used_mib = gi_used_mib
+            return ci.processes, sum(p.memory_mib for other in gi.compute for p in other.processes)
+    return [], 0
 
 
 def _memory(call: Call, device: int | None) -> tuple[int, int]:
@@ -97,7 +89,7 @@ def _memory(call: Call, device: int | None) -> tuple[int, int]:
     target = call.device(device)
     if isinstance(target, Mig):
         total = target.gpu.profile(target.gi).memory_mib
-        used = IDLE_MIB + _live(call, target).gi_used_mib
+        used = IDLE_MIB + _live(call, target)[1]
     else:
         if target.record.mig_current:
             call.require(MONITOR)

@@ -526,6 +526,7 @@ def test_compute_instances_have_room_and_places() -> None:
         assert refused("nvmlGpuInstanceCreateComputeInstance", gi, 4) == NOT_SUPPORTED
 
 
+ON_A_GPU: list[tuple[str, tuple[Any, ...]]] = [
     ("nvmlDeviceGetName", ()),
     ("nvmlDeviceGetUUID", ()),
     ("nvmlDeviceGetIndex", ()),
