@@ -70,7 +70,7 @@ def _bar(gpu: Gpu, cell: int) -> str:
         size = gpu.profile(gi).placement_size if gi else 1
         label = gpu.profile(gi).name if gi else ""
         inner = size * cell - 2
-        drawn += f"[{label[:inner]:<{inner}}]" if gi else f" {'·' * inner} "
+        drawn += f"[{label[:inner]:<{inner}}]" if gi else f" {'.' * inner} "
         slot += size
     return drawn.rstrip()
 
