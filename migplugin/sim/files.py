@@ -194,9 +194,8 @@ def _make(path: Path, entry: Entry, scratch: Path) -> None:
     if entry.kind is Kind.DIRECTORY:
         path.mkdir(parents=True, exist_ok=True)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     mode = entry.mode
-    scratch.unlink(missing_ok=True)
+    scratch.unlink(missing_ok=True)  # a killed writer's may be a device, and swallow what is written
     if entry.kind is Kind.DEVICE:
         try:
             os.mknod(scratch, stat.S_IFCHR | 0o600, os.makedev(1, 3))
@@ -207,7 +206,11 @@ def _make(path: Path, entry: Entry, scratch: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             mode = stat.S_IMODE(path.stat().st_mode)
     scratch.chmod(mode)
-    scratch.replace(path)
+    try:
+        scratch.replace(path)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.replace(path)
 
 
 def _remove(state_dir: Path, path: str, wanted: Plan) -> None:

@@ -1,6 +1,7 @@
 """A simulated driver under the real pynvml, for the tests of it."""
 
 import ctypes
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -80,8 +81,8 @@ class Driver:
 
 
 @contextmanager
-def directory() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir="/tmp", prefix="sim-") as name:
+def directory(parent: str = "/tmp") -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=parent, prefix="sim-") as name:
         yield Path(name)
 
 
@@ -103,7 +104,8 @@ def installed(library: object) -> Iterator[None]:
 def driver(node: str = A100, **switches: Any) -> Iterator[Driver]:
     """A session on a node made from `node`. The caller is an admin unless the switches say otherwise."""
     built = spec.build(node, switches=Switches(**{"privilege": "admin", **switches}))
-    with directory() as state:
+    # Hundreds of nodes of some fifty files each: in memory that takes seconds, on a disk a minute.
+    with directory("/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp") as state:
         store = Store(state)
         store.create(built)
         simulation = Simulation(store, temporary=False)  # open() would derive the files once more
