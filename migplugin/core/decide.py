@@ -97,12 +97,17 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What one decision leaves to the next."""
+    """What one decision leaves to the next.
+
+    `named` is what the sources of usage name, or named when they were last all heard: one that falls
+    silent frees nothing.
+    """
 
     entries: Mapping[ResourceName, Mapping[DeviceId, Entry]] = field(default_factory=dict)
     emptied: Mapping[ResourceName, float] = field(default_factory=dict)
     revisions: Mapping[ResourceName, int] = field(default_factory=dict)
     unseen_leases: Mapping[tuple[Key, float], int] = field(default_factory=dict)
+    named: frozenset[Key] = frozenset()
     usage_counted: float = float("-inf")
     served_profile: str = ""
 
@@ -147,7 +152,8 @@ Entries = Mapping[ResourceName, Mapping[DeviceId, Entry]]
 def decide(world: World) -> Outcome:
     """What to show, what to remember and when to look again, given `world`."""
     unseen, ended = _age_leases(world)
-    held = world.usage.named | {key for key, answered in world.leases.items() if (key, answered) not in ended}
+    named = world.usage.named if world.usage.complete else world.usage.named | world.memory.named
+    held = named | {key for key, answered in world.leases.items() if (key, answered) not in ended}
     entries, served, warnings = _see(world, held)
     entries, waiting = _forget(world, entries, held)
     entries, emptied = _retire(world, entries)
@@ -163,6 +169,7 @@ def decide(world: World) -> Outcome:
         emptied=emptied,
         revisions=revisions,
         unseen_leases=unseen,
+        named=named,
         usage_counted=max(world.usage.began, world.memory.usage_counted),
         served_profile=served,
     )

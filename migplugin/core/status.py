@@ -157,7 +157,7 @@ def status(world: World, outcome: Outcome, *, node: str = "", agent: AgentFacts 
     memory can tell is None.
     """
     leases = {key for key, answered in world.leases.items() if (key, answered) not in outcome.ended_leases}
-    view = _View(world, outcome, agent, leases, world.usage.named | leases)
+    view = _View(world, outcome, agent, leases, outcome.memory.named | leases)
     inventory = world.inventory
     gpus = [view.gpu(gpu) for gpu in inventory.gpus] if inventory is not None else []
     gpus += [_broken(gpu) for gpu in inventory.broken] if inventory is not None else []

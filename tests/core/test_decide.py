@@ -178,6 +178,15 @@ def test_an_id_held_under_one_resource_is_not_healthy_under_another() -> None:
     assert run.shown(MIG_2G) == {"MIG-a": True}
 
 
+def test_a_source_that_falls_silent_frees_nothing() -> None:
+    run = Run(inventory=ONE, usage=usage(0.0, (MIG_1G, "MIG-a")))
+    run.step(now=1.0, inventory=inventory(gpu(0, ("MIG-a", "2g.10gb"))))
+    run.step(now=2.0, usage=Usage(2.0, Source.FAILED, Source.OK))
+    assert run.shown(MIG_2G) == {"MIG-a": False}
+    run.step(now=4.0, usage=usage(4.0))
+    assert run.shown(MIG_2G) == {"MIG-a": True}
+
+
 def test_a_broken_gpu_makes_its_devices_sick_and_no_others() -> None:
     both = inventory(gpu(0, ("MIG-a", "1g.5gb")), gpu(1, ("MIG-b", "1g.5gb")))
     run = Run(inventory=both)

@@ -1,0 +1,347 @@
+"""A node at play: whatever happens in whatever order, `decide` keeps its promises.
+
+The machine holds the truth (instances, pods, what the kubelet has written down) and shows `decide`
+only what the edges could see of it, late or broken as it may be. After every decision the promises of
+DESIGN 5 are held against the truth; at the end only the alarms that `decide` asked for are rung, and
+the list must come to show what is there and nothing else.
+"""
+
+from dataclasses import dataclass, replace
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from migplugin.core.decide import Key, Options, Outcome, Source, Usage, World, decide
+from migplugin.core.inventory import BrokenGpu, DeviceId, Gpu, GpuUuid, Inventory, MigDevice
+from migplugin.core.resource import GPU, ResourceName, Strategy, of_profile
+
+REMOVAL_DELAY, GRACE, EMPTY_KEPT = 20.0, 30.0, 60.0
+GPUS = (0, 1)
+IDS = tuple(f"MIG-{gpu}-{n}" for gpu in GPUS for n in range(2))
+PROFILES = ("1g.5gb", "2g.10gb")
+
+
+@dataclass
+class Pod:
+    """A pod that lives and holds `key`; the kubelet has written that down from `recorded` on."""
+
+    key: Key
+    recorded: float
+
+
+class Node(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 100.0
+        self.devices: dict[str, str] = {}
+        self.mig = set(GPUS)
+        self.broken: dict[int, bool] = {}
+        self.pods: list[Pod] = []
+        self.stale: set[Key] = set()
+        self.checkpoint_works = True
+        self.list_works = True
+        self.list_forgot = False
+        self.reading: Usage | None = None
+        self.leases: dict[Key, float] = {}
+        self.last: Outcome | None = None
+        self.unhealthy_since: dict[Key, float] = {}
+        self.empty_since: dict[ResourceName, float] = {}
+
+    # What there is.
+
+    @initialize(
+        strategy=st.sampled_from([Strategy.MIXED, Strategy.MIXED, Strategy.SINGLE]),
+        listed=st.booleans(),
+        mig=st.sets(st.sampled_from(GPUS)),
+        busy=st.booleans(),
+        profiles=st.tuples(*(st.sampled_from((*PROFILES, "")) for _ in IDS)),
+    )
+    def start(
+        self, strategy: Strategy, listed: bool, mig: set[int], profiles: tuple[str, ...], busy: bool
+    ) -> None:
+        self.pod_resources_there, self.mig = listed, mig
+        made = zip(IDS, profiles, strict=True)
+        self.devices = {id_: profile for id_, profile in made if profile and gpu_of(id_) in mig}
+        options = Options(strategy, removal_delay=REMOVAL_DELAY, driver_grace=GRACE)
+        self.world = World(self.now, usage=self.seen_usage(), options=options)
+        self.look()
+        if busy:
+            self.pods_start(True, 0.0)
+            self.usage_is_read(True, True)
+
+    @rule(id_=st.sampled_from(IDS), profile=st.sampled_from((*PROFILES, "")))
+    def make_or_destroy(self, id_: str, profile: str) -> None:
+        self.devices.pop(id_, None)
+        if profile and gpu_of(id_) in self.mig:
+            self.devices[id_] = profile
+        self.look()
+
+    @rule(profile=st.sampled_from((*PROFILES, "")))
+    def carve_all_anew(self, profile: str) -> None:
+        """The same ids come back as another profile, or not at all."""
+        self.devices = {id_: profile for id_ in IDS if profile and gpu_of(id_) in self.mig}
+        self.look()
+
+    @rule(gpu=st.sampled_from(GPUS))
+    def switch_mig_mode(self, gpu: int) -> None:
+        self.mig ^= {gpu}
+        self.devices = {id_: p for id_, p in self.devices.items() if gpu_of(id_) in self.mig}
+        self.look()
+
+    @rule(gpu=st.sampled_from(GPUS), named=st.booleans())
+    def gpu_breaks_or_returns(self, gpu: int, named: bool) -> None:
+        if self.broken.pop(gpu, None) is None:
+            self.broken[gpu] = named
+        self.look()
+
+    @rule()
+    def driver_falls_silent_or_answers(self) -> None:
+        failed = self.now if self.world.driver_failed is None else None
+        self.world = replace(self.world, driver_failed=failed, driver_error="no answer" if failed else "")
+        self.look()
+
+    # Pods and the kubelet.
+
+    @rule(all_of_them=st.booleans(), delay=st.sampled_from([0.0, 3.0, 8.0]))
+    def pods_start(self, all_of_them: bool, delay: float) -> None:
+        for key in self.free() if all_of_them else self.free()[:1]:
+            self.pods.append(Pod(key, self.now + delay))
+            self.leases[key] = self.now
+
+    @rule()
+    def kubelet_drops_an_allocation(self) -> None:
+        for key in self.free()[:1]:
+            self.leases[key] = self.now
+
+    def free(self) -> list[Key]:
+        taken = {pod.key for pod in self.pods}
+        return [key for key, healthy in self.shown().items() if healthy and key not in taken]
+
+    @precondition(lambda self: self.pods)
+    @rule(last=st.booleans())
+    def pod_ends(self, last: bool) -> None:
+        pod = self.pods.pop(-1 if last else 0)
+        if pod.recorded <= self.now:
+            self.stale.add(pod.key)
+
+    @rule(api_server=st.booleans())
+    def kubelet_restarts(self, api_server: bool) -> None:
+        """Until it has heard of the API server, it lists no pod."""
+        self.pods = [pod for pod in self.pods if pod.recorded <= self.now]
+        self.list_forgot = not api_server
+
+    @rule(checkpoint=st.booleans(), listed=st.booleans())
+    def usage_is_read(self, checkpoint: bool, listed: bool) -> None:
+        """And will be answered so until the next time."""
+        self.checkpoint_works, self.list_works = checkpoint, listed
+        self.world = replace(self.world, usage=self.seen_usage())
+        self.decide()
+
+    @rule()
+    def a_read_of_usage_begins(self) -> None:
+        self.reading = self.seen_usage()
+
+    @precondition(lambda self: self.reading is not None)
+    @rule()
+    def that_read_ends(self) -> None:
+        assert self.reading is not None
+        if self.reading.began > self.world.usage.began:
+            self.world = replace(self.world, usage=self.reading)
+        self.reading = None
+        self.decide()
+
+    @precondition(lambda self: self.checkpoint_works and all(pod.recorded <= self.now for pod in self.pods))
+    @rule()
+    def agent_restarts(self) -> None:
+        """Nothing is promised across it but what the first list shows; the kubelet forgets old lists."""
+        self.leases, self.last, self.reading = {}, None, None
+        self.unhealthy_since, self.empty_since = {}, {}
+        self.world = World(self.now, usage=self.seen_usage(), options=self.world.options)
+        self.look()
+
+    # Time.
+
+    @rule(seconds=st.sampled_from([0.5, 5.0, 10.0, REMOVAL_DELAY, 33.3, EMPTY_KEPT]))
+    def time_passes(self, seconds: float) -> None:
+        """Waking where `decide` asked for it: in between, nothing is to change by itself."""
+        until = self.now + seconds
+        while True:
+            self.check_that_only_alarms_matter(until)
+            alarm = self.next_alarm()
+            if alarm is None or alarm > until:
+                break
+            self.ring(alarm)
+        self.now = until
+        self.decide()
+
+    def next_alarm(self) -> float | None:
+        assert self.last is not None
+        alarms = [t for t in (self.last.wake_at, self.last.usage_at) if t is not None]
+        return max(min(alarms), self.now) if alarms else None
+
+    def ring(self, alarm: float) -> None:
+        assert self.last is not None
+        usage_at = self.last.usage_at
+        self.now = alarm
+        if usage_at is not None and usage_at <= alarm:
+            assert alarm >= self.world.usage.began + 2, "usage is read in a spin"
+            self.world = replace(self.world, usage=self.seen_usage())
+        self.decide()
+
+    def check_that_only_alarms_matter(self, until: float) -> None:
+        outcome = self.last
+        assert outcome is not None
+        end = until if outcome.wake_at is None else min(until, outcome.wake_at)
+        world = replace(self.world, memory=outcome.memory, leases=dict(self.leases))
+        for part in (0.0, 0.5, 0.999999):
+            moment = self.now + (end - self.now) * part
+            assert decide(replace(world, now=moment)).offers == outcome.offers, moment
+
+    # What the edges see of it.
+
+    def look(self) -> None:
+        if self.world.driver_failed is None:
+            self.world = replace(self.world, inventory=self.seen_inventory())
+        self.decide()
+
+    def seen_inventory(self) -> Inventory:
+        gpus, broken = [], []
+        for n in GPUS:
+            uuid, mig = GpuUuid(f"GPU-{n}"), n in self.mig
+            if n in self.broken:
+                broken.append(BrokenGpu(n, uuid if self.broken[n] else None, "GPU is lost"))
+                continue
+            devices = tuple(
+                MigDevice(DeviceId(id_), uuid, k, k, 0, profile, None, None, None, None, None)
+                for k, (id_, profile) in enumerate(sorted(self.devices.items()))
+                if gpu_of(id_) == n
+            )
+            gpus.append(Gpu(uuid, n, n, f"0000:0{n}:00.0", None, "A100", 40960, mig, mig, devices=devices))
+        return Inventory("1", tuple(gpus), tuple(broken))
+
+    def seen_usage(self) -> Usage:
+        recorded = {pod.key for pod in self.pods if pod.recorded <= self.now}
+        # The kubelet writes the new holder over the old one: a name it is about to write stays.
+        by_checkpoint = frozenset(recorded | self.stale if self.checkpoint_works else ())
+        answers = self.pod_resources_there and self.list_works
+        by_list = frozenset(recorded if answers and not self.list_forgot else ())
+        return Usage(
+            self.now,
+            Source.OK if self.checkpoint_works else Source.FAILED,
+            Source.OK if answers else Source.FAILED if self.pod_resources_there else Source.ABSENT,
+            by_checkpoint | by_list,
+            by_list,
+        )
+
+    # The decision, and what it promised.
+
+    def decide(self) -> None:
+        before = self.last
+        memory = before.memory if before is not None else self.world.memory
+        self.world = replace(self.world, now=self.now, memory=memory, leases=dict(self.leases))
+        outcome = decide(self.world)
+        assert decide(self.world) == outcome, "not deterministic"
+        for key, answered in outcome.ended_leases:
+            if self.leases.get(key) == answered:
+                del self.leases[key]
+        again = decide(replace(self.world, memory=outcome.memory, leases=dict(self.leases)))
+        assert again.offers == outcome.offers, "not idempotent"
+        assert outcome.wake_at is None or outcome.wake_at > self.now
+        assert outcome.usage_at is None or outcome.usage_at >= self.world.usage.began + 2
+        self.last = outcome
+        self.check_what_left(before)
+        self.check_live_devices()
+        if before is not None and before.offers != outcome.offers:
+            # A list that is sent makes the kubelet rewrite its checkpoint.
+            pending = {pod.key for pod in self.pods if pod.recorded > self.now}
+            self.stale &= pending
+
+    def shown(self, outcome: Outcome | None = None) -> dict[Key, bool]:
+        outcome = outcome or self.last
+        if outcome is None:
+            return {}
+        return {
+            (resource, id_): offered.healthy
+            for resource, offer in outcome.offers.resources.items()
+            for id_, offered in offer.devices.items()
+        }
+
+    def check_what_left(self, before: Outcome | None) -> None:
+        assert self.last is not None
+        old, new = self.shown(before) if before is not None else {}, self.shown()
+        for key in old.keys() - new.keys():
+            assert self.now >= self.unhealthy_since[key] + REMOVAL_DELAY, f"{key} left too soon"
+        self.unhealthy_since = {
+            key: self.unhealthy_since.get(key, self.now) for key, healthy in new.items() if not healthy
+        }
+        lists = self.last.offers.resources
+        for resource in before.offers.resources if before is not None else ():
+            if resource not in lists:
+                assert not before.offers.resources[resource].devices, f"{resource} dropped with ids"
+                assert self.now >= self.empty_since[resource] + EMPTY_KEPT, f"{resource} dropped too soon"
+        self.empty_since = {
+            resource: self.empty_since.get(resource, self.now)
+            for resource, offer in lists.items()
+            if not offer.devices
+        }
+
+    def check_live_devices(self) -> None:
+        """What lives, is not held as something else as far as anybody can know, and answers, is on offer."""
+        if self.world.driver_failed is not None or self.world.options.strategy is not Strategy.MIXED:
+            return
+        shown = self.shown()
+        maybe_held = self.world.usage.named | self.leases.keys() | self.stale | {pod.key for pod in self.pods}
+        # Where a source is silent, what was named once may still be held.
+        sure = self.world.usage.complete
+        for id_, resource in self.live().items():
+            elsewhere = {key for key in maybe_held if key[1] == id_ and key[0] != resource}
+            if sure and not elsewhere:
+                assert shown.get((resource, DeviceId(id_))) is True, f"{id_} is not offered"
+            healthy_as = {key[0] for key, healthy in shown.items() if healthy and key[1] == id_}
+            assert healthy_as <= {resource}, f"{id_} is offered as {healthy_as}"
+
+    def live(self) -> dict[str, ResourceName]:
+        answering = [n for n in GPUS if n not in self.broken]
+        whole = {f"GPU-{n}": GPU for n in answering if n not in self.mig}
+        return whole | {i: of_profile(p) for i, p in self.devices.items() if gpu_of(i) in answering}
+
+    @invariant()
+    def what_a_pod_holds_is_listed_and_healthy_nowhere_else(self) -> None:
+        shown = self.shown()
+        for pod in self.pods:
+            assert pod.key in shown, f"{pod.key} left the list while a pod holds it"
+            other = [key for key, healthy in shown.items() if key[1] == pod.key[1] and healthy]
+            assert set(other) <= {pod.key}, f"{pod.key} is held and also offered as {other}"
+
+    def teardown(self) -> None:
+        """All pods end, everything answers: by its own alarms the list comes to show what is there."""
+        if self.last is None:
+            return
+        self.pods, self.broken = [], {}
+        self.checkpoint_works, self.list_works, self.list_forgot = True, True, False
+        self.now += 20
+        self.world = replace(self.world, driver_failed=None, usage=self.seen_usage())
+        self.look()
+        for _ in range(100):
+            alarm = self.next_alarm()
+            if alarm is None:
+                break
+            self.ring(alarm)
+        else:
+            raise AssertionError("it never comes to rest")
+        ids = {key[1] for key in self.shown()}
+        if self.world.options.strategy is Strategy.MIXED:
+            assert self.shown() == {(resource, DeviceId(i)): True for i, resource in self.live().items()}
+        else:
+            assert ids <= self.live().keys()
+            assert all(self.shown().values())
+            assert bool(ids) == bool(self.devices or not self.mig), "nothing is served"
+
+
+def gpu_of(id_: str) -> int:
+    return int(id_.split("-")[1])
+
+
+Node.TestCase.settings = settings(max_examples=500, stateful_step_count=25, deadline=None)
+TestNode = Node.TestCase
