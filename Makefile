@@ -47,6 +47,7 @@ protos: $(STAMP) ## generate migplugin/_proto from protos/
 	@$(BIN)/python -m grpc_tools.protoc -Imigplugin/_proto=protos --python_out=. --grpc_python_out=. \
 		--plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 		--mypy_out=quiet:. --mypy_grpc_out=quiet,async_only:. $(addprefix protos/,$(PROTOS))
+	@find migplugin/_proto -type d -exec touch {}/__init__.py \;
 
 locks: $(STAMP) ## resolve both lock files from pyproject.toml, keeping the versions they hold
 	@$(BIN)/$(LOCK) --extra dev pyproject.toml -o requirements-dev.lock

@@ -55,16 +55,10 @@ def _option(setting: Setting) -> Callable[[Callable[..., Any]], Callable[..., An
     given = [f"environment: {', '.join(setting.env)}"] if setting.env else []
     given += [f"default: {setting.default}"] if setting.default else []
     text = setting.help.replace("`", "") + (f"  [{'; '.join(given)}]" if given else "")
-    alone = {"is_flag": False, "flag_value": "true"} if setting.is_switch else {}
-    return click.option(
-        setting.flag,
-        *setting.aliases,
-        setting.name,
-        default=None,
-        metavar=setting.metavar,
-        help=text,
-        **alone,
-    )
+    names = (setting.flag, *setting.aliases, setting.name)
+    if setting.is_switch:
+        return click.option(*names, is_flag=False, flag_value="true", metavar=setting.metavar, help=text)
+    return click.option(*names, metavar=setting.metavar, help=text)
 
 
 @cli.command()

@@ -60,7 +60,7 @@ class Manager:
         self._preferred = preferred
         self._stopping = asyncio.Event()
         self._tasks: dict[ResourceName, asyncio.Task[None]] = {}
-        self._looks = 0
+        self._away = ""
         self._looked = asyncio.Event()
 
     async def run(self) -> None:
@@ -104,6 +104,14 @@ class Manager:
                 )
         self._tasks = {name: task for name, task in self._tasks.items() if not task.done()}
 
+    def _is_kubelet_there(self) -> bool:
+        """Whether somebody answers at the kubelet's socket; where not, one line says so for all resources."""
+        reason = sockets.explain(self._socket)
+        if reason and reason != self._away:
+            log.warning("no kubelet, waiting for it", extra={"reason": reason})
+        self._away = reason
+        return not reason and self.incarnation.value is not None
+
     def _is_wanted(self, resource: ResourceName) -> bool:
         return not self._stopping.is_set() and resource in self._offers.value.resources
 
@@ -114,9 +122,10 @@ class Manager:
         while self._is_wanted(resource):
             incarnation = self.incarnation.value
             began = loop.time()
+            reason = ""
             try:
-                await self._once(resource)
-                reason = ""
+                if self._is_kubelet_there():
+                    await self._once(resource)
             except KubeletError as exc:
                 reason = str(exc)
             if not self._is_wanted(resource):
@@ -142,8 +151,6 @@ class Manager:
 
         Raises KubeletError where it could not be made, or ended though the kubelet is there.
         """
-        if self.incarnation.value is None or not sockets.is_served(self._socket):
-            raise KubeletError(sockets.explain(self._socket) or f"{self._socket}: not there a moment ago")
         other = sockets.other_plugin(self._socket.parent, resource)
         if other is not None:
             raise KubeletError(
@@ -153,6 +160,7 @@ class Manager:
         plugin = DevicePlugin(resource, self._offers, self._options, self._grant, preferred=self._preferred())
         server = Server(plugin, self._socket.parent)
         incarnation = self.incarnation.value
+        assert incarnation is not None, "asked for a kubelet first"
         try:
             await server.start()
             await self._register(server)
