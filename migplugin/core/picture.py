@@ -30,7 +30,7 @@ INDENT = 6
 NARROWEST, WIDEST = 40, 160
 SLICE_NARROWEST, SLICE_WIDEST = 6, 14
 COLUMN_NARROWEST = 4
-HOLDER_NARROWEST, UUID_NARROWEST = 10, 13
+TITLE_NARROWEST, CUT_NARROWEST, UUID_SHORT = 16, 10, 13
 
 PLAIN, BOLD, DIM, GOOD, BAD, WARN = "", "1", "2", "32", "31", "33"
 
@@ -109,7 +109,9 @@ class Pen:
         self, text: str, style: str = PLAIN, *, indent: int = INDENT, hang: int = 0
     ) -> Iterator[str]:
         """`text` on as many lines as it needs, `indent` columns in, the further ones `hang` more."""
-        for line in textwrap.wrap(text, self.width - indent, subsequent_indent=" " * hang):
+        for line in textwrap.wrap(
+            text, self.width - indent, subsequent_indent=" " * hang, break_on_hyphens=False
+        ):
             yield self.line(Say((" " * indent,)), Say((line,), style))
 
 
@@ -167,8 +169,9 @@ def _gpu_title(gpu: GpuStatus, pen: Pen) -> Iterator[str]:
     if gpu.mig_enabled and gpu.memory_slices and None not in places:
         used = sum(place.size for place in places if place)
         facts.append(f"{used} of {gpu.memory_slices} memory slices used")
+    said = "   " + "   ".join(facts)
     title = f"GPU {gpu.index}  {_clean(gpu.product or '-')}"
-    yield pen.line(Say((title,), BOLD), Say(("   " + "   ".join(facts),)))
+    yield pen.line(Say((pen.cut(title, max(pen.width - len(said), TITLE_NARROWEST)),), BOLD), Say((said,)))
     where = [_clean(gpu.uuid or "-"), _clean(gpu.pci_address or "-")]
     where += [f"minor {gpu.minor}"] if gpu.minor is not None else []
     where += [f"NUMA {gpu.numa_node}"] if gpu.numa_node is not None else []
@@ -266,7 +269,7 @@ def _empty(size: int) -> Cell:
 
 
 def _cell(instance: InstanceStatus, place: Placement, pen: Pen) -> Cell:
-    heading = (Say((_clean(instance.profile),), BOLD), Say((f"GI {instance.gi}",)))
+    heading = (Say((_clean(instance.profile) or "-",), BOLD), Say((f"GI {instance.gi}",)))
     if not instance.devices:
         return Cell(place.size, heading, ((Say(("no compute instance", "no CI"), DIM),),))
     return Cell(place.size, heading, tuple(_column(device, instance, pen) for device in instance.devices))
@@ -282,7 +285,8 @@ def _column(device: DeviceStatus, instance: InstanceStatus, pen: Pen) -> tuple[S
     state = _state(device, pen)
     if device.health == HEALTHY and device.held is not None:
         holder, sign = _holder(device).texts, pen.glyphs.good
-        lines.append(Say((*(f"{sign} {text}" for text in holder), holder[-1]), state.style))
+        signed = [f"{sign} {text}" for text in holder]
+        lines.append(Say((*signed, holder[-1], signed[-1]), state.style))
     else:
         lines.append(state)
         lines += [_holder(device)] if device.held else []
@@ -316,15 +320,16 @@ def _box(cell: Cell, room: int, level: bool, pen: Pen) -> Iterator[tuple[Say, ..
 
 def _listed(instance: InstanceStatus, pen: Pen) -> Iterator[str]:
     """An instance as lines of a list, where there is no strip."""
-    where = f"GI {instance.gi:<3} {_clean(instance.profile):<12} slices {_slices(instance.placement):<6}"
+    where = "" if instance.placement is None else f"  slices {_slices(instance.placement)}"
     margin = " " * INDENT
     if not instance.devices:
-        yield pen.line(Say((f"{margin}{where} no compute instance",)))
-    for device in instance.devices:
-        own = "" if device.profile == instance.profile else f"CI {device.ci} {_clean(device.profile)}  "
         yield pen.line(
-            Say((f"{margin}{where} {own}",)), _state(device, pen), Say((f"  {_holder(device).texts[0]}",))
+            Say((f"{margin}GI {instance.gi}  {_clean(instance.profile)}  no compute instance{where}",))
         )
+    for device in instance.devices:
+        ci = f" CI {device.ci}" if device.profile != instance.profile or len(instance.devices) > 1 else ""
+        name = f"{margin}GI {instance.gi}{ci}  {_clean(device.profile)}  "
+        yield pen.line(Say((name,)), _state(device, pen), Say((f"  {_holder(device).texts[0]}{where}",)))
 
 
 def _state(device: DeviceStatus, pen: Pen) -> Say:
@@ -376,7 +381,7 @@ def _devices(status: Status, pen: Pen) -> Iterator[str]:
         devices += [device for instance in gpu.instances for device in instance.devices]
         rows += [_device_row(gpu, device, pen) for device in devices]
     rows += [_missing_row(device, pen) for device in status.missing]
-    yield from _table(DEVICE_TITLES, rows, pen, shorten=("RESOURCE", "UUID", "HOLDER"))
+    yield from _table(DEVICE_TITLES, rows, pen, shorten=("RESOURCE", "UUID"), cut="HOLDER")
 
 
 def _device_row(gpu: GpuStatus, device: DeviceStatus, pen: Pen) -> Row:
@@ -386,7 +391,7 @@ def _device_row(gpu: GpuStatus, device: DeviceStatus, pen: Pen) -> Row:
         Say((_clean(device.profile) or "-",)),
         Say((_slices(device.placement),)),
         _state(device, pen),
-        _in_table(_holder(device), pen),
+        _holder(device),
         _resource(device.resources[0] if device.resources else "-"),
         _uuid(device.uuid, pen),
     )
@@ -401,7 +406,7 @@ def _missing_row(device: MissingDevice, pen: Pen) -> Row:
         Say((_clean(device.profile) or "-",)),
         Say(("-",)),
         Say((f"{bad} gone" if device.gone else f"{bad} unhealthy",), BAD),
-        _in_table(_holder(device), pen),
+        _holder(device),
         _resource(device.resource),
         _uuid(device.uuid, pen),
     )
@@ -410,11 +415,7 @@ def _missing_row(device: MissingDevice, pen: Pen) -> Row:
 
 def _uuid(uuid: str, pen: Pen) -> Say:
     text = _clean(uuid)
-    return Say((text, pen.cut(text, UUID_NARROWEST)))
-
-
-def _in_table(holder: Say, pen: Pen) -> Say:
-    return Say((*holder.texts, pen.cut(holder.texts[-1], HOLDER_NARROWEST)))
+    return Say((text, pen.cut(text, UUID_SHORT)))
 
 
 def _resource(name: str) -> Say:
@@ -460,11 +461,12 @@ def _table(
     pen: Pen,
     *,
     shorten: tuple[str, ...],
+    cut: str = "",
     numbers: Collection[int] = (),
 ) -> Iterator[str]:
     """Columns as wide as they need to be; where that is too wide, those of `shorten` say it shorter, in turn.
 
-    What is then still too long is cut from the last column.
+    Then `cut` gives way, as far as it can be read, and what is still too long is lost on the right.
     """
     if not rows:
         return
@@ -472,12 +474,16 @@ def _table(
     widths = {
         title: max(len(title), *(len(said.texts[0]) for said in column)) for title, column in columns.items()
     }
+
+    def excess() -> int:
+        return sum(widths.values()) + 2 * (len(widths) - 1) - pen.width
+
     for title in shorten:
-        excess = sum(widths.values()) + 2 * (len(widths) - 1) - pen.width
-        if excess > 0:
-            room = max(widths[title] - excess, *(min(map(len, said.texts)) for said in columns[title]))
-            said_shorter = [pen.fit(said, room).texts[0].rstrip() for said in columns[title]]
-            widths[title] = max(len(title), *map(len, said_shorter))
+        if excess() > 0:
+            widths[title] = max(len(title), *(min(map(len, said.texts)) for said in columns[title]))
+    if cut and excess() > 0:
+        room = max(widths[cut] - excess(), CUT_NARROWEST)
+        widths[cut] = max(len(cut), *(len(pen.fit(said, room).texts[0].rstrip()) for said in columns[cut]))
 
     def line(cells: Iterable[Say]) -> str:
         parts: list[Say] = []

@@ -98,7 +98,7 @@ class GpuStatus:
 class MissingDevice:
     """An id that `resource` still lists although no such device can be seen now.
 
-    `gone`: known not to be there any more. Else its GPU, or the driver, does not answer.
+    `gone`: there is no such device of this resource any more. Else its GPU, or the driver, does not answer.
     """
 
     uuid: str
@@ -290,7 +290,8 @@ class _View:
         """The GPU instances, also those that only their devices tell of, in order of place, then id."""
         found = {instance.gi: (instance.profile, instance.placement) for instance in gpu.instances}
         for device in gpu.devices:
-            found.setdefault(device.gi, (profiles.of_gpu_instance(device.profile), device.placement))
+            profile, placement = found.get(device.gi, ("", device.placement))
+            found[device.gi] = (profile or profiles.of_gpu_instance(device.profile), placement)
         instances = [
             InstanceStatus(
                 gi,

@@ -276,9 +276,9 @@ class Node(RuleBasedStateMachine):
             key: self.unhealthy_since.get(key, self.now) for key, healthy in new.items() if not healthy
         }
         lists = self.last.offers.resources
-        for resource in before.offers.resources if before is not None else ():
+        for resource, offer in before.offers.resources.items() if before is not None else ():
             if resource not in lists:
-                assert not before.offers.resources[resource].devices, f"{resource} dropped with ids"
+                assert not offer.devices, f"{resource} dropped with ids"
                 assert self.now >= self.empty_since[resource] + EMPTY_KEPT, f"{resource} dropped too soon"
         self.empty_since = {
             resource: self.empty_since.get(resource, self.now)
