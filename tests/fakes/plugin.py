@@ -126,7 +126,7 @@ class Plugin(api_pb2_grpc.DevicePluginServicer):
             await server.stop(0)
 
     async def called(self, method: str, times: int = 1) -> None:
-        """Returns once `method` was called that often."""
+        """Returns once `method` was called that often; "stream ended" counts the ends of ListAndWatch."""
         async with asyncio.timeout(5):
             while self.calls[method] < times:
                 await self._changed.wait()
@@ -152,12 +152,16 @@ class Plugin(api_pb2_grpc.DevicePluginServicer):
     ) -> AsyncIterator[api_pb2.ListAndWatchResponse]:
         await self._enter("ListAndWatch", context)
         version = -1
-        while not self._ended:
-            if version != self._version:
-                version = self._version
-                yield api_pb2.ListAndWatchResponse(devices=self._list)
-            else:
-                await self._changed.wait()
+        try:
+            while not self._ended:
+                if version != self._version:
+                    version = self._version
+                    yield api_pb2.ListAndWatchResponse(devices=self._list)
+                else:
+                    await self._changed.wait()
+        finally:
+            self.calls["stream ended"] += 1
+            self._wake()
 
     async def GetPreferredAllocation(
         self, request: api_pb2.PreferredAllocationRequest, context: Context

@@ -6,7 +6,8 @@ stricter than the real one, the place says so.
 
     node         Kubelet: what a person starts, kills, asks and waits for; it outlives its own restarts
     plugins      registration, dial back, the list stream, the calls
-    devices      the device manager of one life: lists, health, allocation
+    devices      what plugins list, health, capacity, the grace
+    manager      the device manager of one life: admission, allocation, container starts
     topology     NUMA hints and the policies over them
     checkpoint   what is allocated, and the file that remembers it
     podresources the API that tells who holds what

@@ -1,45 +1,17 @@
-"""The device manager of one kubelet life: what plugins list, and who gets which device.
+"""What plugins list, and what becomes of it when they go: health, capacity, endpoints, the grace.
 
-A list message replaces everything known of its resource. Allocation takes ids first and asks the plugin
-then, without holding the lists still meanwhile: a plugin that drops an id in that time makes the real
-manager dereference nil (manager.go:923), and this one panic. Ids that were taken come back only through
-the ledger, so an empty answer, which reaches neither the ledger nor the error path, leaks them until
-the next time that a dead pod is cleared away.
-
-The second panic is a re-admission after a restart that does not find an allocated device. The real
-one needs NUMA information for it to happen (topology_hints.go:204); this one is stricter, since a
-simulated node has none more often than not: any policy but "none" will do.
+A list message replaces everything known of its resource, and only the literal "Healthy" is healthy.
+When a plugin is disconnected all its devices are unhealthy at once; when the grace has passed and it has
+not come back, endpoint and counts are forgotten, and the node shows 0. The devices themselves are
+remembered even then, as the real manager does.
 """
 
 import asyncio
-import random
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from migplugin._proto.deviceplugin.v1beta1 import api_pb2
-from migplugin.sim.kubelet import topology
-from migplugin.sim.kubelet.checkpoint import NO_NODE, Allocation, Checkpoint
 from migplugin.sim.kubelet.plugins import HEALTHY, CallFailed, Client, Listed
-from migplugin.sim.kubelet.pods import (
-    Container,
-    ContainerEdits,
-    DeviceNode,
-    Mount,
-    NotAdmitted,
-    Panic,
-    Pod,
-    StartFailed,
-)
-from migplugin.sim.kubelet.topology import Hint, Mask
-
-Reusable = dict[str, set[str]]
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    grace: float
-    policy: str
-    numa_nodes: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -51,65 +23,65 @@ class Endpoint:
     stopped: bool = False
     expiry: asyncio.TimerHandle | None = None
 
+    def live(self, resource: str) -> Client:
+        """Raises CallFailed where the plugin is gone."""
+        if self.stopped or self.client is None:
+            raise CallFailed(f"endpoint {resource} has been stopped")
+        return self.client
 
-class DeviceManager:
-    """`active_pods` are the running pods that the API server told of, or None before it has answered."""
+
+class Devices:
+    """By resource: every listed device, the healthy and unhealthy ids, the endpoint (plugins.Receiver).
+
+    `registered` are the resources of the checkpoint: they have no device until their plugin is back, and
+    the grace for that begins now. `heard` may raise Panic, which `received` passes on.
+    """
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
-        rules: Rules,
-        rng: random.Random,
+        registered: Iterable[str],
+        grace: float,
         *,
-        active_pods: Callable[[], Collection[Pod] | None],
         heard: Callable[[str, tuple[Listed, ...]], None],
+        expired: Callable[[], None],
         changed: Callable[[], None],
     ) -> None:
-        self._checkpoint = checkpoint
-        self._rules = rules
-        self._rng = rng
-        self._active_pods = active_pods
+        self.all: dict[str, dict[str, Listed]] = {}
+        self.healthy: dict[str, set[str]] = {}
+        self.unhealthy: dict[str, set[str]] = {}
+        self.endpoints: dict[str, Endpoint] = {}
+        self._grace = grace
         self._heard = heard
+        self._expired = expired
         self._changed = changed
-        self._all: dict[str, dict[str, Listed]] = {}
-        self._healthy: dict[str, set[str]] = {}
-        self._unhealthy: dict[str, set[str]] = {}
-        self._endpoints: dict[str, Endpoint] = {}
-        self._admitting: Pod | None = None
         self._closed = False
-        self.ledger, registered = checkpoint.read()
-        self._allocated = self.ledger.devices()
-        # Resources whose allocated devices have not been looked at since this life began.
-        self._to_readmit = set(self._allocated)
         for resource in registered:
-            self._healthy[resource] = set()
-            self._unhealthy[resource] = set()
-            endpoint = self._endpoints[resource] = Endpoint(None, api_pb2.DevicePluginOptions())
+            self.healthy[resource] = set()
+            self.unhealthy[resource] = set()
+            endpoint = self.endpoints[resource] = Endpoint(None, api_pb2.DevicePluginOptions())
             self._start_grace(resource, endpoint)
 
     def close(self) -> None:
         """Nothing changes any more."""
         self._closed = True
-        for endpoint in self._endpoints.values():
+        for endpoint in self.endpoints.values():
             if endpoint.expiry is not None:
                 endpoint.expiry.cancel()
 
-    # What is known
-
     def capacity(self) -> dict[str, int]:
         return {
-            resource: len(self._healthy.get(resource, ())) + len(self._unhealthy.get(resource, ()))
-            for resource in {**self._healthy, **self._unhealthy}
+            resource: len(self.healthy.get(resource, ())) + len(self.unhealthy.get(resource, ()))
+            for resource in {**self.healthy, **self.unhealthy}
         }
 
     def allocatable(self) -> dict[str, int]:
-        return {resource: len(self._healthy.get(resource, ())) for resource in self.capacity()}
+        return {resource: len(self.healthy.get(resource, ())) for resource in self.capacity()}
 
     def health(self, resource: str) -> dict[str, str]:
         """Health by id, as listed; a device whose plugin is gone is Unhealthy whatever it said."""
-        found = dict.fromkeys(sorted(self._healthy.get(resource, ())), HEALTHY)
-        for id_ in sorted(self._unhealthy.get(resource, ())):
-            listed = self._all[resource][id_].health
+        found = dict.fromkeys(sorted(self.healthy.get(resource, ())), HEALTHY)
+        for id_ in sorted(self.unhealthy.get(resource, ())):
+            listed = self.all[resource][id_].health
             found[id_] = listed if listed != HEALTHY else "Unhealthy"
         return found
 
@@ -117,51 +89,41 @@ class DeviceManager:
         """Resource and device, as pod-resources calls them allocatable."""
         return [
             (resource, device)
-            for resource, devices in self._all.items()
-            for id_ in self._unordered(self._healthy.get(resource, set()) & devices.keys())
+            for resource, devices in self.all.items()
+            for id_ in sorted(self.healthy.get(resource, set()) & devices.keys())
             for device in (devices[id_],)
         ]
 
-    def pod_health(self, pod: Pod, container: str) -> dict[str, dict[str, str]]:
-        """`allocatedResourcesStatus`: by resource, the last listed health; Healthy once a device vanished."""
-        return {
-            resource: {
-                id_: device.health if (device := self._all.get(resource, {}).get(id_)) else HEALTHY
-                for id_ in sorted(allocation.ids)
-            }
-            for resource, allocation in self.ledger.of(pod.uid, container).items()
-        }
-
-    # What plugins say (plugins.Receiver)
+    def is_aligned(self, resource: str) -> bool:
+        """Whether any of its devices has a NUMA node."""
+        return any(device.nodes for device in self.all.get(resource, {}).values())
 
     def connected(self, resource: str, client: Client, options: api_pb2.DevicePluginOptions) -> None:
-        before = self._endpoints.get(resource)
+        before = self.endpoints.get(resource)
         if before is not None and before.expiry is not None:
             before.expiry.cancel()
-        self._endpoints[resource] = Endpoint(client, options)
+        self.endpoints[resource] = Endpoint(client, options)
         self._changed()
 
     def received(self, resource: str, devices: tuple[Listed, ...]) -> None:
-        """Replaces all that is known of `resource`. Raises Panic."""
+        """Replaces all that is known of `resource`."""
         if self._closed:
             return
-        self._all[resource] = {device.id: device for device in devices}
-        self._healthy[resource] = {device.id for device in devices if device.health == HEALTHY}
-        self._unhealthy[resource] = {device.id for device in devices if device.health != HEALTHY}
+        self.all[resource] = {device.id: device for device in devices}
+        self.healthy[resource] = {device.id for device in devices if device.health == HEALTHY}
+        self.unhealthy[resource] = {device.id for device in devices if device.health != HEALTHY}
         self._heard(resource, devices)
-        self._write()
-        self.readmit()
         self._changed()
 
     def disconnected(self, resource: str) -> None:
         """Every device of `resource` is unhealthy from now on, and the grace begins."""
-        endpoint = self._endpoints.get(resource)
+        endpoint = self.endpoints.get(resource)
         if endpoint is None or self._closed:
             return
-        lost = self._healthy.get(resource, set())
-        if resource in self._healthy:
-            self._healthy[resource] = set()
-        self._unhealthy[resource] = self._unhealthy.get(resource, set()) | lost
+        lost = self.healthy.get(resource, set())
+        if resource in self.healthy:
+            self.healthy[resource] = set()
+        self.unhealthy[resource] = self.unhealthy.get(resource, set()) | lost
         self._start_grace(resource, endpoint)
         self._changed()
 
@@ -169,318 +131,13 @@ class DeviceManager:
         endpoint.stopped = True
         if endpoint.expiry is not None:
             endpoint.expiry.cancel()
-        endpoint.expiry = asyncio.get_running_loop().call_later(
-            self._rules.grace, self._expire, resource, endpoint
-        )
+        endpoint.expiry = asyncio.get_running_loop().call_later(self._grace, self._expire, resource, endpoint)
 
     def _expire(self, resource: str, endpoint: Endpoint) -> None:
-        if self._closed or self._endpoints.get(resource) is not endpoint:
+        if self._closed or self.endpoints.get(resource) is not endpoint:
             return
-        del self._endpoints[resource]
-        self._healthy.pop(resource, None)
-        self._unhealthy.pop(resource, None)
-        self._write()
+        del self.endpoints[resource]
+        self.healthy.pop(resource, None)
+        self.unhealthy.pop(resource, None)
+        self._expired()
         self._changed()
-
-    def _write(self) -> None:
-        if not self._closed:
-            self._checkpoint.write(self.ledger, self._healthy)
-
-    # Pods
-
-    def readmit(self) -> None:
-        """After a restart: running pods are admitted again once the API server and the plugin are there.
-
-        Raises Panic where a device that is allocated to one of them is not listed.
-        """
-        pods = self._active_pods()
-        if pods is None:
-            return
-        for resource in sorted(self._to_readmit & self._all.keys()):
-            self._to_readmit.discard(resource)
-            if self._rules.policy == "none":
-                continue
-            for pod in pods:
-                for container in pod.containers:
-                    for id_ in sorted(self.ledger.ids(pod.uid, container.name, resource)):
-                        if id_ not in self._all[resource]:
-                            raise Panic(
-                                f"panic: nil pointer dereference (topology_hints.go:204): after a restart "
-                                f"{resource} was listed without {id_}, which pod {pod.name} holds"
-                            )
-
-    def release_dead(self) -> None:
-        """Forgets the pods that are not active any more. The checkpoint file is not rewritten."""
-        active = self._active_pods()
-        if active is None:
-            return
-        alive = {pod.uid for pod in active} | ({self._admitting.uid} if self._admitting else set())
-        dead = self.ledger.pods.keys() - alive
-        if dead:
-            self.ledger.remove(dead)
-            self._allocated = self.ledger.devices()
-
-    async def admit(self, pod: Pod) -> None:
-        """Gives every container its devices. Raises NotAdmitted or Panic; nothing is given back then."""
-        self._admitting = pod
-        try:
-            reusable: Reusable = {}
-            for container in pod.in_order():
-                wanted = self._affinity(pod, container, reusable)
-                await self._allocate(pod, container, reusable, wanted)
-                for resource, allocation in self.ledger.of(pod.uid, container.name).items():
-                    if container.is_ordinary_init:
-                        reusable.setdefault(resource, set()).update(allocation.ids)
-                    else:
-                        reusable.get(resource, set()).difference_update(allocation.ids)
-        except asyncio.CancelledError:
-            self._allocated = self.ledger.devices()
-            raise
-        finally:
-            self._admitting = None
-
-    async def start(self, pod: Pod, container: Container) -> ContainerEdits:
-        """What the container starts with, from the cache. Raises StartFailed, NotAdmitted or Panic."""
-        missing = False
-        for resource in self._limits(container):
-            if not self._is_known(resource):
-                continue
-            await self._pre_start(pod, container, resource)
-            missing = missing or not self.ledger.ids(pod.uid, container.name, resource)
-        if missing:
-            await self._allocate(pod, container, {}, None)
-        return self.edits(pod, container.name)
-
-    def edits(self, pod: Pod, container: str) -> ContainerEdits:
-        """The answers for all resources of a container, merged.
-
-        The first one to set a variable, path or annotation wins, in random order; CDI devices are united.
-        """
-        envs: dict[str, str] = {}
-        mounts: dict[str, Mount] = {}
-        nodes: dict[str, DeviceNode] = {}
-        annotations: dict[str, str] = {}
-        cdi: dict[str, None] = {}
-        held = self.ledger.of(pod.uid, container)
-        for resource in self._unordered(held):
-            answer = held[resource].response
-            envs = {**answer.envs, **envs}
-            for mount in answer.mounts:
-                mounts.setdefault(
-                    mount.container_path, Mount(mount.container_path, mount.host_path, mount.read_only)
-                )
-            for node in answer.devices:
-                nodes.setdefault(
-                    node.container_path, DeviceNode(node.container_path, node.host_path, node.permissions)
-                )
-            annotations = {**answer.annotations, **annotations}
-            cdi.update(dict.fromkeys(device.name for device in answer.cdi_devices))
-        return ContainerEdits(
-            envs,
-            tuple(mounts.values()),
-            tuple(nodes.values()),
-            annotations,
-            tuple(cdi),
-            {resource: sorted(allocation.ids) for resource, allocation in held.items()},
-        )
-
-    def _is_known(self, resource: str) -> bool:
-        return resource in self._healthy or resource in self._allocated
-
-    def _limits(self, container: Container) -> Mapping[str, int]:
-        limits = {resource: count for resource, count in container.requests.items() if count > 0}
-        return {resource: limits[resource] for resource in self._unordered(limits)}
-
-    async def _pre_start(self, pod: Pod, container: Container, resource: str) -> None:
-        endpoint = self._endpoints.get(resource)
-        if endpoint is None:
-            raise StartFailed(f"endpoint not found in cache for a registered resource: {resource}")
-        if not endpoint.options.pre_start_required:
-            return
-        ids = self.ledger.ids(pod.uid, container.name, resource)
-        if not ids:
-            raise StartFailed(
-                f"no devices found allocated in local cache for pod {pod.uid}, container {container.name}, "
-                f"resource {resource}"
-            )
-        try:
-            await _live(endpoint, resource).pre_start(self._unordered(ids))
-        except CallFailed as exc:
-            raise StartFailed(f"device plugin PreStartContainer rpc failed with err: {exc}") from exc
-
-    # Choosing
-
-    def _affinity(self, pod: Pod, container: Container, reusable: Reusable) -> Mask | None:
-        if self._rules.policy == "none":
-            return None
-        self.release_dead()
-        limits = self._limits(container)
-        by_resource = [
-            self._hints(resource, count, reusable.get(resource, set())) for resource, count in limits.items()
-        ]
-        return topology.affinity(self._rules.policy, self._rules.numa_nodes, by_resource)
-
-    def _hints(self, resource: str, count: int, reusable: set[str]) -> tuple[Hint, ...]:
-        if not self._is_aligned(resource):
-            return topology.INDIFFERENT
-        free = self._healthy.get(resource, set()) - self._allocated.get(resource, set())
-        if len(free | reusable) < count:
-            return topology.IMPOSSIBLE
-        devices = self._all[resource]
-        return topology.hints(
-            self._rules.numa_nodes,
-            [device.nodes or () for device in devices.values()],
-            [devices[id_].nodes or () for id_ in free],
-            [self._device(resource, id_).nodes for id_ in reusable],
-            count,
-        )
-
-    def _is_aligned(self, resource: str) -> bool:
-        return any(device.nodes for device in self._all.get(resource, {}).values())
-
-    async def _allocate(
-        self, pod: Pod, container: Container, reusable: Reusable, wanted: Mask | None
-    ) -> None:
-        needs_write = False
-        released = False
-        for resource, count in self._limits(container).items():
-            if not self._is_known(resource):
-                # The real kubelet would run the pod without the device: there the scheduler stands before.
-                raise NotAdmitted(_unexpected(f"cannot allocate unregistered device {resource}"))
-            if not released:
-                self.release_dead()
-                released = True
-            try:
-                ids = await self._choose(
-                    pod, container, resource, count, reusable.get(resource, set()), wanted
-                )
-                if not ids:
-                    continue
-                needs_write = True
-                response = await self._ask(resource, ids)
-            except CallFailed as exc:
-                raise NotAdmitted(_unexpected(str(exc))) from exc
-            by_node = self._by_node(resource, ids)
-            self.ledger.add(pod.uid, container.name, resource, Allocation(by_node, response))
-        if needs_write:
-            self._write()
-            self._changed()
-
-    async def _ask(self, resource: str, ids: Collection[str]) -> api_pb2.ContainerAllocateResponse:
-        endpoint = self._endpoints.get(resource)
-        try:
-            if endpoint is None:
-                raise CallFailed(f"unknown Device Plugin {resource}")
-            answer = await _live(endpoint, resource).allocate(self._unordered(ids))
-        except BaseException:
-            self._allocated = self.ledger.devices()
-            raise
-        if not answer.container_responses:
-            # The ids stay taken, although nobody has them.
-            raise CallFailed(f"no containers return in allocation response {str(answer).strip()}".rstrip())
-        return answer.container_responses[0]
-
-    def _by_node(self, resource: str, ids: Iterable[str]) -> dict[int, tuple[str, ...]]:
-        by_node: dict[int, tuple[str, ...]] = {}
-        for id_ in self._unordered(ids):
-            for node in self._device(resource, id_).nodes or (NO_NODE,):
-                by_node[node] = (*by_node.get(node, ()), id_)
-        return by_node
-
-    def _device(self, resource: str, id_: str) -> Listed:
-        """A device that is being allocated, which must be listed: the real kubelet looks without asking."""
-        device = self._all.get(resource, {}).get(id_)
-        if device is None:
-            raise Panic(
-                f"panic: nil pointer dereference (manager.go:923): {resource} lost {id_} from its list "
-                "while it was being allocated"
-            )
-        return device
-
-    async def _choose(
-        self,
-        pod: Pod,
-        container: Container,
-        resource: str,
-        count: int,
-        reusable: set[str],
-        wanted: Mask | None,
-    ) -> set[str]:
-        """The ids to ask for, taken; empty where the container has them already."""
-        held = self.ledger.ids(pod.uid, container.name, resource)
-        if resource not in self._healthy:
-            raise CallFailed(f"cannot allocate unregistered device {resource}")
-        if not self._healthy[resource]:
-            raise CallFailed(f"no healthy devices present; cannot allocate unhealthy devices {resource}")
-        if not held <= self._healthy[resource]:
-            raise CallFailed(
-                "previously allocated devices are no longer healthy; "
-                f"cannot allocate unhealthy devices {resource}"
-            )
-        if held:
-            return set()
-        chosen: set[str] = set()
-
-        def take(ids: Collection[str]) -> bool:
-            """Takes of `ids` until there are enough."""
-            for id_ in self._unordered(set(ids) - chosen):
-                if len(chosen) == count:
-                    break
-                chosen.add(id_)
-                self._allocated.setdefault(resource, set()).add(id_)
-            return len(chosen) == count
-
-        if take(reusable):
-            return chosen
-        available = self._healthy[resource] - self._allocated.get(resource, set())
-        if len(available) < count - len(chosen):
-            raise CallFailed(
-                f"requested number of devices unavailable for {resource}. "
-                f"Requested: {count - len(chosen)}, Available: {len(available)}"
-            )
-        aligned: set[str] = set()
-        unaligned: set[str] = set()
-        nowhere = available
-        if wanted is not None and self._is_aligned(resource):
-            aligned, unaligned, nowhere = topology.split(
-                available, lambda id_: self._all[resource][id_].nodes or (), wanted
-            )
-        if count - len(chosen) < len(aligned):
-            preferred = await self._prefer(resource, aligned | chosen, chosen, count)
-            take(preferred & aligned) or take(aligned)
-        elif not take(aligned):
-            preferred = await self._prefer(resource, available | chosen, chosen, count)
-            take(preferred & available) or take(unaligned) or take(nowhere)
-        return chosen
-
-    async def _prefer(
-        self, resource: str, available: Collection[str], must_include: Collection[str], count: int
-    ) -> frozenset[str]:
-        endpoint = self._endpoints.get(resource)
-        if endpoint is None:
-            raise CallFailed(f"endpoint not found in cache for a registered resource: {resource}")
-        if not endpoint.options.get_preferred_allocation_available:
-            return frozenset()
-        try:
-            answer = await _live(endpoint, resource).prefer(
-                self._unordered(available), self._unordered(must_include), count
-            )
-        except CallFailed as exc:
-            raise CallFailed(f"device plugin GetPreferredAllocation rpc failed with err: {exc}") from exc
-        return answer or frozenset()
-
-    def _unordered(self, ids: Iterable[str]) -> list[str]:
-        """In the order of a Go map: any. The seed decides."""
-        order = sorted(ids)
-        self._rng.shuffle(order)
-        return order
-
-
-def _live(endpoint: Endpoint, resource: str) -> Client:
-    if endpoint.stopped or endpoint.client is None:
-        raise CallFailed(f"endpoint {resource} has been stopped")
-    return endpoint.client
-
-
-def _unexpected(message: str) -> str:
-    return f"Allocate failed due to {message}, which is unexpected"

@@ -21,14 +21,13 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 import grpc.aio
-import msgspec
 
 from migplugin._proto.deviceplugin.v1beta1 import api_pb2_grpc as deviceplugin_grpc
 from migplugin._proto.podresources.v1 import api_pb2_grpc as podresources_grpc
 from migplugin.errors import KubeletError
 from migplugin.sim.kubelet import checkpoint
 from migplugin.sim.kubelet.checkpoint import Checkpoint
-from migplugin.sim.kubelet.devices import DeviceManager, Rules
+from migplugin.sim.kubelet.manager import DeviceManager, Rules
 from migplugin.sim.kubelet.plugins import Listed, Registration
 from migplugin.sim.kubelet.podresources import PodResources
 from migplugin.sim.kubelet.pods import (
@@ -39,6 +38,7 @@ from migplugin.sim.kubelet.pods import (
     PodStatus,
     StartFailed,
 )
+from migplugin.sim.kubelet.records import Records
 from migplugin.sim.kubelet.topology import POLICIES
 
 HISTORY = 1000
@@ -57,23 +57,11 @@ class Registered(NamedTuple):
 class _Life:
     """From a start of the kubelet to its end."""
 
-    devices: DeviceManager
+    manager: DeviceManager
     registration: Registration
     servers: tuple[grpc.aio.Server, ...]
     sync_loop: asyncio.Lock = field(default_factory=asyncio.Lock)  # pods are admitted one at a time
     ended: bool = False
-
-
-class _Record(msgspec.Struct):
-    pod: Pod
-    phase: str
-    reason: str = ""
-    message: str = ""
-
-
-class _Records(msgspec.Struct):
-    pods: list[_Record]
-    resources: list[str]
 
 
 class Kubelet:
@@ -108,6 +96,7 @@ class Kubelet:
         self._rules = Rules(grace, topology_policy, numa_nodes)
         self._dial_timeout = dial_timeout
         self._rng = random.Random(seed)  # noqa: S311  not a secret
+        self._records = Records(root)
         self._life: _Life | None = None
         self._pods: dict[str, tuple[Pod, PodStatus]] = {}
         self._resources: set[str] = set()
@@ -118,8 +107,6 @@ class Kubelet:
         self._burial: asyncio.Task[None] | None = None
         self._change = asyncio.Event()
 
-    # Lives
-
     async def start(self) -> None:
         """Both sockets answer. Every other socket in the directory is gone, files stay, capacity is 0."""
         if self._life is not None and not self._life.ended:
@@ -129,9 +116,11 @@ class Kubelet:
         for directory in (self.socket.parent, self.pod_resources_socket.parent):
             directory.mkdir(mode=0o750, parents=True, exist_ok=True)
         if not self._pods:
-            self._load()
+            pods, resources = self._records.load()
+            self._pods = {pod.uid: (pod, status) for pod, status in pods}
+            self._resources.update(resources)
         self._synced = self.pod_resources_synced or not self._pods
-        devices = DeviceManager(
+        manager = DeviceManager(
             Checkpoint(self.socket.parent, self._rng),
             self._rules,
             self._rng,
@@ -141,20 +130,20 @@ class Kubelet:
         )
         registration = Registration(
             self.socket.parent,
-            devices,
+            manager.devices,
             dial_timeout=self._dial_timeout,
             registered=self._registered,
             refused=lambda resource, text: self.refusals.append((resource, text)),
             crash=self._crash,
         )
-        self._restore_edits(devices)
+        self._restore_edits(manager)
         checkpoint.remove_sockets(self.socket.parent)
         plugins, lister = grpc.aio.server(), grpc.aio.server()
         deviceplugin_grpc.add_RegistrationServicer_to_server(registration, plugins)
         podresources_grpc.add_PodResourcesListerServicer_to_server(
-            PodResources(devices, self._active_pods), lister
+            PodResources(manager, self._active_pods), lister
         )
-        self._life = _Life(devices, registration, (plugins, lister))
+        self._life = _Life(manager, registration, (plugins, lister))
         await self._listen(lister, self.pod_resources_socket)
         await self._listen(plugins, self.socket)
         self._changed()
@@ -190,8 +179,6 @@ class Kubelet:
         if exc is None and not self._panic_told and self._panic is not None:
             raise self._panic
 
-    # What it knows
-
     @property
     def panic(self) -> Panic | None:
         """Why it crashed, if it did."""
@@ -211,7 +198,7 @@ class Kubelet:
         nothing = dict.fromkeys(sorted(self._resources), 0)
         if self._life is None:
             return {"capacity": nothing, "allocatable": dict(nothing)}
-        devices = self._life.devices
+        devices = self._life.manager.devices
         return {
             "capacity": nothing | devices.capacity(),
             "allocatable": nothing | devices.allocatable(),
@@ -220,11 +207,15 @@ class Kubelet:
     def devices(self, resource: str) -> Mapping[str, str]:
         """Health by id: what was last listed, and Unhealthy for all once the plugin is gone."""
         self._raise_panic()
-        return {} if self._life is None else self._life.devices.health(resource)
+        return {} if self._life is None else self._life.manager.devices.health(resource)
 
     def messages(self, resource: str) -> list[tuple[Listed, ...]]:
         """The last 1000 lists of `resource`, oldest first, over all lives."""
         return list(self._messages.get(resource, ()))
+
+    def pods(self) -> list[Pod]:
+        """Every pod that was admitted or refused and is not deleted."""
+        return [pod for pod, _ in self._pods.values()]
 
     def status(self, pod: Pod) -> PodStatus:
         """The pod's status now. Raises KeyError for one that was never admitted, or is deleted."""
@@ -232,9 +223,13 @@ class Kubelet:
 
     def device_health(self, pod: Pod, container: str) -> dict[str, dict[str, str]]:
         """`allocatedResourcesStatus` of the pod's status: health by resource and id."""
-        return self._alive().devices.pod_health(pod, container)
+        return self._alive().manager.pod_health(pod, container)
 
-    async def until(self, condition: Callable[["Kubelet"], object], timeout: float = 5.0) -> None:  # noqa: ASYNC109
+    async def until(
+        self,
+        condition: Callable[["Kubelet"], object],
+        timeout: float | None = 5.0,  # noqa: ASYNC109
+    ) -> None:
         """Returns when `condition` is true, which is asked again at each change of anything here.
 
         Raises TimeoutError with the state of the node, and Panic when the kubelet crashes meanwhile.
@@ -246,8 +241,6 @@ class Kubelet:
                     await self._change.wait()
         except TimeoutError as exc:
             raise TimeoutError(f"not within {timeout:g} s; {self._describe()}") from exc
-
-    # Pods
 
     async def admit(self, pod: Pod) -> PodStatus:
         """The pod's status after its admission, one pod at a time, and after its containers' first start.
@@ -261,7 +254,7 @@ class Kubelet:
                 return self.status(pod)
             try:
                 with self._watching(life):
-                    await life.devices.admit(pod)
+                    await life.manager.admit(pod)
             except NotAdmitted as exc:
                 return self._set(pod, PodStatus("Failed", exc.reason, str(exc)))
             self._set(pod, PodStatus("Pending"))
@@ -280,10 +273,11 @@ class Kubelet:
             raise ValueError(f"pod {pod.name} is {status.phase}: its containers do not start again")
         try:
             with self._watching(life):
-                edits = await life.devices.start(pod, pod.container(name))
+                edits = await life.manager.start(pod, pod.container(name))
         except (NotAdmitted, StartFailed) as exc:
-            self._set(pod, replace(status, reason="CreateContainerConfigError", message=str(exc)))
-            raise StartFailed(str(exc)) from exc
+            reason = exc.reason if isinstance(exc, StartFailed) else "CreateContainerConfigError"
+            self._set(pod, replace(status, reason=reason, message=str(exc)))
+            raise StartFailed(str(exc), reason) from exc
         containers = {**status.containers, name: edits}
         phase = "Running" if len(containers) == len(pod.containers) else status.phase
         self._set(pod, PodStatus(phase, containers=containers))
@@ -305,14 +299,9 @@ class Kubelet:
         """The API server answers at last: the kubelet hears of its pods and admits the running ones again."""
         life = self._alive()
         self._synced = True
-        try:
-            life.devices.readmit()
-        except Panic as exc:
-            self._crash(exc)
-            raise
+        with self._watching(life):
+            life.manager.readmit()
         self._changed()
-
-    # Inside
 
     def _alive(self, life: _Life | None = None) -> _Life:
         """The present life, which must still be `life` if given. Raises Panic or KubeletError."""
@@ -347,7 +336,7 @@ class Kubelet:
     def _end(self, life: _Life) -> None:
         """Nothing changes any more; the connections are cut in the background (`_bury` waits for it)."""
         life.ended = True
-        life.devices.close()
+        life.manager.close()
         self._burial = asyncio.create_task(_cut(life))
         self._changed()
 
@@ -402,29 +391,14 @@ class Kubelet:
             f"running {self._life is not None and not self._life.ended}"
         )
 
-    # What the API server remembers
-
     def _save(self) -> None:
-        records = [
-            _Record(pod, status.phase, status.reason, status.message) for pod, status in self._pods.values()
-        ]
-        temporary = self.root / ".pods.json.new"
-        temporary.write_bytes(msgspec.json.encode(_Records(records, sorted(self._resources))))
-        temporary.replace(self.root / "pods.json")
+        self._records.save(self._pods.values(), self._resources)
 
-    def _load(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            content = msgspec.json.decode((self.root / "pods.json").read_bytes(), type=_Records)
-            self._resources.update(content.resources)
-            for record in content.pods:
-                status = PodStatus(record.phase, record.reason, record.message)
-                self._pods[record.pod.uid] = record.pod, status
-
-    def _restore_edits(self, devices: DeviceManager) -> None:
+    def _restore_edits(self, manager: DeviceManager) -> None:
         """The containers of a pod that another process admitted, as the checkpoint has them."""
         for pod, status in self._pods.values():
             if status.phase == "Running" and not status.containers:
-                edits = {container.name: devices.edits(pod, container.name) for container in pod.containers}
+                edits = {container.name: manager.edits(pod, container.name) for container in pod.containers}
                 self._pods[pod.uid] = pod, replace(status, containers=edits)
 
 

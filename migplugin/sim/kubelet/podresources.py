@@ -13,7 +13,7 @@ import grpc.aio
 
 from migplugin._proto.podresources.v1 import api_pb2, api_pb2_grpc
 from migplugin.sim.kubelet.checkpoint import NO_NODE
-from migplugin.sim.kubelet.devices import DeviceManager
+from migplugin.sim.kubelet.manager import DeviceManager
 from migplugin.sim.kubelet.pods import Pod
 
 QPS, BURST = 100.0, 10
@@ -47,11 +47,11 @@ class PodResources(api_pb2_grpc.PodResourcesListerServicer):
 
     def __init__(
         self,
-        devices: DeviceManager,
+        manager: DeviceManager,
         active_pods: Callable[[], Collection[Pod] | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._devices = devices
+        self._manager = manager
         self._active_pods = active_pods
         self._limit = RateLimit(QPS, BURST, clock)
 
@@ -60,7 +60,7 @@ class PodResources(api_pb2_grpc.PodResourcesListerServicer):
     ) -> api_pb2.ListPodResourcesResponse:
         """Every active pod, with devices or without. Frees what dead pods held."""
         await self._pass(context)
-        self._devices.release_dead()
+        self._manager.release_dead()
         pods = self._active_pods() or ()
         return api_pb2.ListPodResourcesResponse(pod_resources=[self._pod(pod) for pod in pods])
 
@@ -82,7 +82,7 @@ class PodResources(api_pb2_grpc.PodResourcesListerServicer):
         return api_pb2.AllocatableResourcesResponse(
             devices=[
                 entry
-                for resource, device in self._devices.healthy_devices()
+                for resource, device in self._manager.devices.healthy_devices()
                 for entry in _entries(resource, device.id, device.nodes)
             ]
         )
@@ -100,7 +100,7 @@ class PodResources(api_pb2_grpc.PodResourcesListerServicer):
                     name=container.name,
                     devices=[
                         entry
-                        for resource, allocation in self._devices.ledger.of(pod.uid, container.name).items()
+                        for resource, allocation in self._manager.ledger.of(pod.uid, container.name).items()
                         for node, ids in allocation.by_node.items()
                         for id_ in ids
                         for entry in _entries(resource, id_, None if node == NO_NODE else (node,))

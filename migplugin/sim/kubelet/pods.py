@@ -99,3 +99,7 @@ class NotAdmitted(Exception):
 
 class StartFailed(MigpluginError):
     """A container was not started. Unlike a refused admission, the kubelet tries this again."""
+
+    def __init__(self, message: str, reason: str = "CreateContainerConfigError") -> None:
+        super().__init__(message)
+        self.reason = reason
