@@ -49,7 +49,7 @@ def default_state_dir() -> Path:
 )
 @click.pass_context
 def sim(ctx: click.Context, state: Path | None) -> None:
-    r"""A simulated NVIDIA driver, to practise on: carve it, break it, look at it.
+    """A simulated NVIDIA driver, to practise on: carve it, break it, look at it.
 
     Programs that are started with --simulate DIR share it, and see each change at once.
 
@@ -57,7 +57,7 @@ def sim(ctx: click.Context, state: Path | None) -> None:
       migplugin sim init '1xa100-40gb=1g.5gb*7,1xa100-40gb=3g.20gb:2g.10gb:1g.5gb*2'
       migplugin sim show
       migplugin status --simulate "$MIGPLUGIN_SIM_STATE"
-    """
+    """  # noqa: D301  click's own mark for a paragraph that is not wrapped
     chosen = state or default_state_dir()
     if state is None and chosen.exists() and chosen.stat().st_uid != os.getuid():
         raise click.ClickException(f"{chosen} is not yours ({getpass.getuser()}); choose one with --state")
@@ -96,7 +96,7 @@ def _told(function: Callable[P, R]) -> Callable[P, R]:
 @click.pass_obj
 @_told
 def init(store: Store, node: str, seed: str, switches: tuple[str, ...], replace: bool) -> None:
-    r"""Make a simulated node from SPEC, or derive the files of the one in directory SPEC again.
+    """Make a simulated node from SPEC, or derive the files of the one in directory SPEC again.
 
     \b
     SPEC is <n>x<product>[=[<profile>[*<k>][:<profile>[*<k>]...]]][,...]
@@ -104,7 +104,7 @@ def init(store: Store, node: str, seed: str, switches: tuple[str, ...], replace:
       1xh100-80gb=                 one GPU, MIG on and empty
       1xa100-40gb=3g.20gb:1g.5gb*3 one GPU with four MIG devices
       1xa100-40gb=1c.3g.20gb*3     one GPU instance shared by three compute instances
-    """
+    """  # noqa: D301
     if Path(node).is_dir():
         with Simulation.open(node) as simulation:
             click.echo(f"files of {simulation.state_dir} derived again")

@@ -1,0 +1,135 @@
+"""What goes wrong around the agent, and how little of it reaches the kubelet."""
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from migplugin.sim.kubelet import Container, Pod
+from tests.app.conftest import Start
+
+MIG = "nvidia.com/mig-1g.5gb"
+
+
+async def test_a_lost_gpu_takes_its_own_devices_and_gives_them_back(machine: Start) -> None:
+    node = await machine("2xa100-40gb=1g.5gb*2")
+    agent = await node.serve("--poll-interval=200ms")
+    await node.until(lambda _: node.allocatable("1g.5gb") == 4)
+    node.change(lambda made: setattr(made.gpus[0].record, "lost", True))
+    await node.until(lambda _: node.allocatable("1g.5gb") == 2)
+    assert node.kubelet.capacity(MIG) == 4
+    await agent.until_said("attention")
+    node.change(lambda made: setattr(made.gpus[0].record, "lost", False))
+    await node.until(lambda _: node.allocatable("1g.5gb") == 4)
+
+
+async def test_a_hung_driver_changes_nothing_and_allocate_answers_throughout(machine: Start) -> None:
+    node = await machine("1xa100-40gb=1g.5gb*3")
+    agent = await node.serve("--poll-interval=200ms", "--nvml-timeout=500ms", "--driver-grace=3s")
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+    node.change(lambda made: setattr(made.switches, "hang", ["nvmlSystemGetDriverVersion"]))
+    await agent.until_said("the driver does not answer, will try again")
+    assert node.allocatable("1g.5gb") == 3
+    status = await asyncio.wait_for(node.kubelet.admit(Pod("p", (Container("c", {MIG: 1}),))), 1.0)
+    assert status.phase == "Running", status
+    await node.until(lambda _: node.allocatable("1g.5gb") == 0)
+    assert node.kubelet.capacity(MIG) == 3, "losing sight of the driver shortens no list"
+    node.change(lambda made: setattr(made.switches, "hang", []))
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3, timeout=20.0)
+
+
+async def test_a_hung_driver_holds_back_neither_the_end_nor_its_time(machine: Start) -> None:
+    node = await machine("1xa100-40gb=1g.5gb*3")
+    agent = await node.serve("--poll-interval=200ms", "--nvml-timeout=500ms")
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+    node.change(lambda made: setattr(made.switches, "hang", ["nvmlSystemGetDriverVersion"]))
+    await agent.until_said("the driver does not answer, will try again")
+    assert await asyncio.wait_for(agent.end(), 2.0) == 0
+
+
+async def test_a_slow_driver_slows_no_allocation(machine: Start) -> None:
+    node = await machine("1xa100-40gb=1g.5gb*3")
+    await node.serve("--poll-interval=100ms")
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+    node.change(lambda made: setattr(made.switches, "cost", {"*": 0.2}))
+    for number in range(3):
+        status = await asyncio.wait_for(
+            node.kubelet.admit(Pod(f"p{number}", (Container("c", {MIG: 1}),))), 1.0
+        )
+        assert status.phase == "Running", status
+
+
+async def test_a_driver_that_is_not_loaded_yet_is_waited_for(machine: Start) -> None:
+    node = await machine("1xa100-40gb=1g.5gb*3")
+    node.change(lambda made: setattr(made.switches, "driver_loaded", False))
+    agent = await node.serve()
+    line = await agent.until_said("the driver does not answer, will try again")
+    assert "not loaded" in line["reason"]
+    node.change(lambda made: setattr(made.switches, "driver_loaded", True))
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+
+
+async def test_fail_on_init_error_ends_with_code_3_and_one_line(machine: Start) -> None:
+    node = await machine("1xa100-40gb=1g.5gb*3")
+    node.change(lambda made: setattr(made.switches, "driver_loaded", False))
+    agent = await node.serve("--fail-on-init-error")
+    assert await asyncio.wait_for(agent.process.wait(), 10) == 3
+    assert await agent.end() == 3
+    assert [line["level"] for line in agent.lines].count("error") == 1
+
+
+async def test_a_stale_session_is_noticed_and_opened_anew(machine: Start) -> None:
+    node = await machine("1xa100-40gb=1g.5gb*3")
+    node.change(lambda made: setattr(made.switches, "stale_sessions", True))
+    await node.serve("--removal-delay=1s")
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+    gi = node.store.read().gpus[0].mig_devices()[0][0].id
+    node.change(lambda made: made.gpus[0].destroy(gi))
+    await node.until(lambda _: node.allocatable("1g.5gb") == 2)
+    node.change(lambda made: made.gpus[0].create("2g.10gb"))
+    await node.until(lambda _: node.allocatable("2g.10gb") == 1)
+
+
+async def test_without_events_changes_are_found_by_polling(machine: Start) -> None:
+    node = await machine("1xa100-40gb=1g.5gb*3")
+    node.change(lambda made: setattr(made.switches, "events", "none"))
+    await node.serve("--poll-interval=200ms")
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+    node.change(lambda made: made.gpus[0].create("2g.10gb"))
+    await node.until(lambda _: node.allocatable("2g.10gb") == 1)
+
+
+async def test_without_privilege_every_device_is_served_and_one_line_says_what_is_missing(
+    machine: Start,
+) -> None:
+    node = await machine()
+    node.change(lambda made: setattr(made.switches, "privilege", "none"))
+    agent = await node.serve()
+    await node.until(lambda _: (node.allocatable("1g.5gb"), node.allocatable("3g.20gb")) == (9, 1))
+    said = [line for line in agent.said("attention") if "CAP_SYS_ADMIN" in line["reason"]]
+    assert len(said) == 1
+    assert "NVIDIA_MIG_MONITOR_DEVICES=all" in said[0]["reason"]
+
+
+async def test_xids_are_logged_with_their_scope(machine: Start) -> None:
+    node = await machine("1xa100-40gb=1g.5gb*3")
+    agent = await node.serve()
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+    node.change(lambda made: made.gpus[0].xid(79))
+    await agent.until_said("xid", xid=79)
+    assert node.allocatable("1g.5gb") == 3, "what an XID means is the health issue's"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a directory that forbids")
+async def test_a_directory_that_goes_away_and_comes_back_is_served_again(machine: Start) -> None:
+    node = await machine("1xa100-40gb=1g.5gb*3")
+    await node.serve()
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+    await node.kubelet.kill()
+    directory = node.kubelet.socket.parent
+    moved = Path(f"{directory}-moved")
+    directory.rename(moved)
+    await asyncio.sleep(0)
+    await node.kubelet.start()
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3)
