@@ -71,7 +71,10 @@ def run() -> int:
 
 
 async def _play(root: Path, log: Path) -> None:
-    print("migplugin on a simulated node: two A100-40GB, a stand-in kubelet, and the real agent\n")
+    print("migplugin on a simulated node: two A100-40GB, a stand-in kubelet, and the real agent")
+    print(
+        "times run from the cause (a process started, a command that returned) to its effect at the kubelet\n"
+    )
     story = Story()
     with Simulation.open(NODE) as simulation:
         state = simulation.state_dir
