@@ -284,6 +284,8 @@ def _absence(
         return f"no longer offered as {resource} but as {live_as}", True
     if world.inventory is None:
         return "the driver has not answered yet", False
+    if any(device.id in {gpu.uuid, *(mig.uuid for mig in gpu.devices)} for gpu in world.inventory.gpus):
+        return f"no longer offered as {resource}", True
     for gpu in world.inventory.broken:
         # Without its uuid a broken GPU may be anyone's: then nothing unaccounted for counts as gone.
         if gpu.uuid == device.gpu or (

@@ -113,7 +113,7 @@ def _single(inventory: Inventory, served: str, held: Mapping[DeviceId, str]) -> 
     if not any(gpu.mig_enabled for gpu in inventory.gpus):
         return Assignment(_resources(GPU, map(_whole_gpu, inventory.gpus)))
     live = {device.uuid: device.profile for _, device in inventory.devices()}
-    if served not in live.values() and served not in held.values():
+    if not served or served not in {*live.values(), *held.values()}:
         served = _most_frequent(live[id_] for id_ in held if id_ in live) or _most_frequent(live.values())
     shown, other = [], Counter[str]()
     for gpu, device in inventory.devices():

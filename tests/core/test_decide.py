@@ -232,6 +232,13 @@ def test_single_stays_with_the_profile_it_serves_until_the_last_device_of_it_is_
     assert run.shown(GPU) == {"MIG-b": True}
 
 
+def test_what_is_there_and_no_longer_offered_is_not_called_gone() -> None:
+    run = Run(inventory=inventory(gpu(0, mig=False)))
+    run.step(now=1.0, inventory=inventory(gpu(0, ("MIG-a", "1g.5gb"))))
+    assert run.shown(GPU) == {"GPU-0": False}
+    assert run.sick(GPU, "GPU-0") == "no longer offered as nvidia.com/gpu"
+
+
 def test_the_same_world_gives_the_same_outcome() -> None:
     world = World(3.0, ONE, usage=usage(1.0, (MIG_2G, "MIG-x")), memory=Memory())
     assert decide(world) == decide(world)

@@ -288,9 +288,12 @@ class Node(RuleBasedStateMachine):
 
     def check_live_devices(self) -> None:
         """What lives, is not held as something else as far as anybody can know, and answers, is on offer."""
-        if self.world.driver_failed is not None or self.world.options.strategy is not Strategy.MIXED:
+        if self.world.driver_failed is not None:
             return
         shown = self.shown()
+        if self.world.options.strategy is Strategy.SINGLE:
+            self.check_single_profile({key[1] for key, healthy in shown.items() if healthy})
+            return
         maybe_held = self.world.usage.named | self.leases.keys() | self.stale | {pod.key for pod in self.pods}
         # Where a source is silent, what was named once may still be held.
         sure = self.world.usage.complete
@@ -300,6 +303,17 @@ class Node(RuleBasedStateMachine):
                 assert shown.get((resource, DeviceId(id_))) is True, f"{id_} is not offered"
             healthy_as = {key[0] for key, healthy in shown.items() if healthy and key[1] == id_}
             assert healthy_as <= {resource}, f"{id_} is offered as {healthy_as}"
+
+    def check_single_profile(self, healthy: set[DeviceId]) -> None:
+        """Every device of one profile; none only while a pod holds what is gone of the one that is served."""
+        assert self.last is not None
+        live = {id_: p for id_, p in self.devices.items() if gpu_of(id_) not in self.broken}
+        profiles = {live[id_] for id_ in healthy if id_ in live}
+        assert len(profiles) <= 1
+        if live:
+            served = profiles or {self.last.memory.served_profile}
+            assert "" not in served
+            assert {id_ for id_, profile in live.items() if profile in served} <= healthy
 
     def live(self) -> dict[str, ResourceName]:
         answering = [n for n in GPUS if n not in self.broken]
@@ -343,5 +357,5 @@ def gpu_of(id_: str) -> int:
     return int(id_.split("-")[1])
 
 
-Node.TestCase.settings = settings(max_examples=500, stateful_step_count=25, deadline=None)
+Node.TestCase.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
 TestNode = Node.TestCase

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
-from examples import A30_24GB, ASSORTED, RTX_PRO, SEVENTHS, gpu, inventory, key, usage, uuid
 from hypothesis import given, settings
 
 from migplugin.core.decide import Memory, Options, Source, Usage, World, decide
@@ -18,6 +17,7 @@ from migplugin.core.inventory import BrokenGpu, Gpu, GpuUuid, Inventory
 from migplugin.core.picture import draw
 from migplugin.core.resource import ResourceName, Strategy
 from migplugin.core.status import AgentFacts, Status, status
+from tests.core.examples import A30_24GB, ASSORTED, RTX_PRO, SEVENTHS, gpu, inventory, key, usage, uuid
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "status"
 SGR = re.compile(r"\033\[\d+m")

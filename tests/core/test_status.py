@@ -6,12 +6,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from examples import A30_24GB, ASSORTED, RTX_PRO, SEVENTHS, gpu, inventory, key, usage, uuid
 
 from migplugin.core.decide import Memory, Options, Source, Usage, World, decide
 from migplugin.core.inventory import BrokenGpu, Gpu, GpuUuid, Inventory, Placement
 from migplugin.core.resource import ResourceName, Strategy
 from migplugin.core.status import SCHEMA, AgentFacts, DeviceStatus, Status, fits, status
+from tests.core.examples import A30_24GB, ASSORTED, RTX_PRO, SEVENTHS, gpu, inventory, key, usage, uuid
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "status"
 MIG_1G = ResourceName("nvidia.com/mig-1g.5gb")

@@ -1,0 +1,1 @@
+"""The pure core, by tables and Hypothesis: no asyncio, no fixtures, seconds in all."""
