@@ -5,12 +5,12 @@ import json
 
 import grpc
 import pytest
-from fakes.plugin import Plugin, answer_with_env, device
-from kubelet_fixtures import R, list_pods, listed, pod, running
 
 from migplugin._proto.deviceplugin.v1beta1 import api_pb2
 from migplugin.errors import KubeletError
 from migplugin.sim.kubelet import Container, DeviceNode, Kubelet, Mount, Pod, PodStatus, StartFailed
+from tests.fakes.plugin import Plugin, answer_with_env, device
+from tests.sim.kubelet_fixtures import R, list_pods, listed, pod, running
 
 R2 = "nvidia.com/mig-2g.10gb"
 
@@ -142,6 +142,15 @@ async def test_too_few_devices_fail_the_pod_without_asking_the_plugin() -> None:
 async def test_a_resource_that_nobody_registered_fails_the_pod() -> None:
     async with running() as kubelet:
         assert await kubelet.admit(pod()) == refused(f"cannot allocate unregistered device {R}")
+
+
+async def test_what_is_no_device_is_none_of_its_business() -> None:
+    async with running() as kubelet, Plugin(kubelet.socket, R, devices(1)) as plugin:
+        await listed(kubelet, 1)
+        assert (await kubelet.admit(Pod("a", (Container("main", {"cpu": 4, R: 1, "x/none": 0}),)))).phase == (
+            "Running"
+        )
+        assert plugin.calls["Allocate"] == 1
 
 
 async def test_a_resource_whose_plugin_is_gone_fails_the_pod_without_a_hang() -> None:

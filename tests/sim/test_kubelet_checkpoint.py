@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from fakes.plugin import Plugin, device
-from kubelet_fixtures import R, list_pods, listed, pod, running
 
 from migplugin._proto.deviceplugin.v1beta1 import api_pb2
 from migplugin.sim.kubelet import Kubelet, Pod, StartFailed
+from tests.fakes.plugin import Plugin, device
+from tests.sim.kubelet_fixtures import R, list_pods, listed, pod, running
 
 
 def data(kubelet: Kubelet) -> Any:

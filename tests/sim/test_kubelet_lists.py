@@ -1,10 +1,10 @@
 """What the stand-in kubelet makes of a plugin's lists, and of their end (kubelet.md 1.3)."""
 
 import grpc
-from fakes.plugin import Plugin, device
-from kubelet_fixtures import R, listed, pod, running
 
 from migplugin.sim.kubelet import Listed
+from tests.fakes.plugin import Plugin, device
+from tests.sim.kubelet_fixtures import R, listed, pod, running
 
 
 async def test_capacity_counts_all_and_allocatable_the_healthy() -> None:

@@ -4,11 +4,11 @@ import asyncio
 
 import grpc
 import pytest
-from fakes.plugin import Plugin, device
-from kubelet_fixtures import R, directory, listed, pod, running
 
 from migplugin.errors import KubeletError
 from migplugin.sim.kubelet import Container, Kubelet, Panic, Pod
+from tests.fakes.plugin import Plugin, device
+from tests.sim.kubelet_fixtures import R, directory, listed, pod, running
 
 
 async def dropped_during(kubelet: Kubelet, plugin: Plugin, method: str) -> asyncio.Task[object]:

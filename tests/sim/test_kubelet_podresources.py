@@ -5,12 +5,12 @@ import asyncio
 import grpc
 import grpc.aio
 import pytest
-from fakes.plugin import Plugin, device
-from kubelet_fixtures import R, list_pods, listed, pod, pod_resources, running
 
 from migplugin._proto.podresources.v1 import api_pb2
 from migplugin.sim.kubelet import Container, Kubelet, Pod
 from migplugin.sim.kubelet.podresources import RateLimit
+from tests.fakes.plugin import Plugin, device
+from tests.sim.kubelet_fixtures import R, list_pods, listed, pod, pod_resources, running
 
 
 async def allocatable(kubelet: Kubelet) -> list[tuple[str, list[int]]]:

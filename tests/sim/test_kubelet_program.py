@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from fakes.kubelet_process import CommandFailed, kubelet_process
-from fakes.plugin import Plugin, device
-from kubelet_fixtures import R, directory
+
+from tests.fakes.kubelet_process import CommandFailed, kubelet_process
+from tests.fakes.plugin import Plugin, device
+from tests.sim.kubelet_fixtures import R, directory
 
 POD = {"name": "holder", "containers": [{"name": "main", "requests": {R: 1}}]}
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
-from fakes.plugin import Plugin, device
-from kubelet_fixtures import R, directory, listed, running
 
 from migplugin._proto.deviceplugin.v1beta1 import api_pb2, api_pb2_grpc
 from migplugin.errors import KubeletError
 from migplugin.sim.kubelet import Kubelet
 from migplugin.sim.kubelet.plugins import is_extended_resource_name
+from tests.fakes.plugin import Plugin, device
+from tests.sim.kubelet_fixtures import R, directory, listed, running
 
 
 async def refusal(plugin: Plugin, version: str = "v1beta1") -> tuple[grpc.StatusCode, str | None]:
@@ -279,7 +279,6 @@ async def test_a_path_too_long_for_a_socket_is_told() -> None:
         kubelet = Kubelet(root / ("x" * 90))
         with pytest.raises(KubeletError, match="too long for a socket"):
             await kubelet.start()
-        await kubelet.stop()
 
 
 async def test_a_running_kubelet_is_not_started_twice() -> None:

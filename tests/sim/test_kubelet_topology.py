@@ -1,13 +1,13 @@
 """NUMA hints and policies: the stand-in kubelet's topology manager."""
 
 import pytest
-from fakes.plugin import Plugin, device
-from kubelet_fixtures import R, listed, pod, running
 
 from migplugin._proto.deviceplugin.v1beta1 import api_pb2
 from migplugin.sim.kubelet import Container, Kubelet, Pod
 from migplugin.sim.kubelet.pods import NotAdmitted
 from migplugin.sim.kubelet.topology import IMPOSSIBLE, INDIFFERENT, Hint, affinity, hints
+from tests.fakes.plugin import Plugin, device
+from tests.sim.kubelet_fixtures import R, listed, pod, running
 
 ZERO, ONE, BOTH = frozenset({0}), frozenset({1}), frozenset({0, 1})
 
@@ -127,13 +127,16 @@ async def test_no_preference_is_asked_for_where_the_aligned_devices_are_just_eno
 
 
 async def test_what_is_left_over_after_the_aligned_devices_is_asked_for() -> None:
-    async with running() as kubelet, Plugin(kubelet.socket, R, four(), preferred=True) as plugin:
-        await listed(kubelet, 4)
-        await kubelet.admit(pod("a"))
-        plugin.preferences.clear()
-        await kubelet.admit(pod("b", 3))
-        assert len(held(kubelet, next(p for p in kubelet.pods() if p.name == "b"))) == 3
-        assert not plugin.preferences or plugin.preferences[0].allocation_size == 3
+    devices = [device("near", nodes=[0]), device("a"), device("b")]
+    async with running() as kubelet, Plugin(kubelet.socket, R, devices, preferred=True) as plugin:
+        await listed(kubelet, 3)
+        two = pod(count=2)
+        plugin.prefer = lambda _: ["b"]
+        await kubelet.admit(two)
+        (wanted,) = plugin.preferences
+        assert list(wanted.must_include_deviceIDs) == ["near"]
+        assert wanted.allocation_size == 2
+        assert held(kubelet, two) == {"near", "b"}
 
 
 async def test_without_a_policy_numa_nodes_mean_nothing() -> None:

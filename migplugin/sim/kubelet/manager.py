@@ -20,7 +20,7 @@ from migplugin._proto.deviceplugin.v1beta1 import api_pb2
 from migplugin.sim.kubelet import topology
 from migplugin.sim.kubelet.checkpoint import NO_NODE, Allocation, Checkpoint
 from migplugin.sim.kubelet.devices import Devices
-from migplugin.sim.kubelet.plugins import HEALTHY, CallFailed, Listed
+from migplugin.sim.kubelet.plugins import HEALTHY, CallFailed, Listed, is_extended_resource_name
 from migplugin.sim.kubelet.pods import (
     Container,
     ContainerEdits,
@@ -196,7 +196,12 @@ class DeviceManager:
         return resource in self.devices.healthy or resource in self._allocated
 
     def _limits(self, container: Container) -> Mapping[str, int]:
-        limits = {resource: count for resource, count in container.requests.items() if count > 0}
+        """What it asks for, in any order, without what is no device (cpu, memory)."""
+        limits = {
+            resource: count
+            for resource, count in container.requests.items()
+            if count > 0 and is_extended_resource_name(resource)
+        }
         return {resource: limits[resource] for resource in self._unordered(limits)}
 
     async def _pre_start(self, pod: Pod, container: Container, resource: str) -> None:
@@ -364,6 +369,10 @@ class DeviceManager:
         elif not take(aligned):
             preferred = await self._prefer(resource, available | chosen, chosen, count)
             take(preferred & available) or take(unaligned) or take(nowhere)
+        if len(chosen) < count:
+            raise CallFailed(
+                f"unexpectedly allocated less resources than required. Requested: {count}, Got: {len(chosen)}"
+            )
         return chosen
 
     async def _prefer(

@@ -144,8 +144,13 @@ class Kubelet:
             PodResources(manager, self._active_pods), lister
         )
         self._life = _Life(manager, registration, (plugins, lister))
-        await self._listen(lister, self.pod_resources_socket)
-        await self._listen(plugins, self.socket)
+        try:
+            # First, so that it may get the inode number that the old socket has just given up.
+            await self._listen(plugins, self.socket)
+            await self._listen(lister, self.pod_resources_socket)
+        except BaseException:
+            await self.stop()
+            raise
         self._changed()
 
     async def stop(self) -> None:
@@ -258,11 +263,9 @@ class Kubelet:
             except NotAdmitted as exc:
                 return self._set(pod, PodStatus("Failed", exc.reason, str(exc)))
             self._set(pod, PodStatus("Pending"))
-        for container in pod.in_order():
-            with contextlib.suppress(StartFailed):
+        with contextlib.suppress(StartFailed):
+            for container in pod.in_order():
                 await self.restart_container(pod, container.name)
-                continue
-            break
         return self.status(pod)
 
     async def restart_container(self, pod: Pod, name: str) -> ContainerEdits:
@@ -276,8 +279,9 @@ class Kubelet:
                 edits = await life.manager.start(pod, pod.container(name))
         except (NotAdmitted, StartFailed) as exc:
             reason = exc.reason if isinstance(exc, StartFailed) else "CreateContainerConfigError"
-            self._set(pod, replace(status, reason=reason, message=str(exc)))
+            self._set(pod, replace(self.status(pod), reason=reason, message=str(exc)))
             raise StartFailed(str(exc), reason) from exc
+        status = self.status(pod)
         containers = {**status.containers, name: edits}
         phase = "Running" if len(containers) == len(pod.containers) else status.phase
         self._set(pod, PodStatus(phase, containers=containers))
