@@ -19,7 +19,7 @@ from typing import Any, NewType
 import pynvml
 
 from migplugin.errors import DriverError, DriverNotReady, LibraryMissing
-from migplugin.nvml.codes import ABSENT, Code, describe
+from migplugin.nvml.codes import ABSENT, GONE, Code, describe
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ MIG_CONFIG_CHANGE = 0x100
 WHOLE = 0xFFFFFFFF  # a GI or CI id that says: not one instance but all of them
 LAST_KNOWN_GI_PROFILE = 0x11
 LAST_KNOWN_CI_PROFILE = 8
+SLOTS_UNTOLD = 16  # MIG devices that are looked for where the driver does not say how many there can be
 END_OF_PROFILES = 64  # a driver that never says where its profiles end is not asked for ever
 
 
@@ -238,21 +239,22 @@ def placements(handle: Handle, profile_id: int) -> list[tuple[int, int]]:
     """Every possible (start, size) of a GPU-instance profile, taken or not."""
     count = ctypes.c_uint(0)
     call("nvmlDeviceGetGpuInstancePossiblePlacements", handle, profile_id, None, ctypes.byref(count))
-    if not count.value:
-        return []
-    # One more look at the count: the array is filled without bounds.
-    array = (pynvml.c_nvmlGpuInstancePlacement_t * count.value)()
+    # The library writes without bounds, and may count more than it did: there is room to spare.
+    array = (pynvml.c_nvmlGpuInstancePlacement_t * max(2 * count.value, 64))()
     call("nvmlDeviceGetGpuInstancePossiblePlacements", handle, profile_id, array, ctypes.byref(count))
     return [(int(p.start), int(p.size)) for p in array[: count.value]]
 
 
 def gis(handle: Handle, profile_id: int, most: int) -> list[GiInfo]:
-    """The live GPU instances of a profile, of which there are at most `most`."""
+    """The live GPU instances of a profile, of which there are at most `most`; without those that leave
+    while we ask.
+    """
     count = ctypes.c_uint(0)
     # The library writes without bounds; some drivers report a wrong `most` (A30), so there is room to spare.
-    array = (pynvml.c_nvmlGpuInstance_t * max(2 * most, 16))()
+    array = (pynvml.c_nvmlGpuInstance_t * max(2 * most, 64))()
     call("nvmlDeviceGetGpuInstances", handle, profile_id, array, ctypes.byref(count))
-    return [gi_info(Handle(array[number])) for number in range(min(count.value, len(array)))]
+    found = [unless(GONE, lambda one=one: gi_info(Handle(one))) for one in array[: count.value]]  # type: ignore[misc]
+    return [info for info in found if info is not None]
 
 
 def gi(handle: Handle, gi_id: int) -> Handle:
@@ -284,13 +286,17 @@ def ci_slices(gi_handle: Handle, ci_id: int) -> int | None:
 
 def most_mig_devices(handle: Handle) -> int:
     """How many MIG devices the GPU can have; 0 with MIG off. Never how many it has."""
-    return int(unless(ABSENT, lambda: call("nvmlDeviceGetMaxMigDeviceCount", handle), 0))
+    try:
+        return int(call("nvmlDeviceGetMaxMigDeviceCount", handle))
+    except DriverError as exc:
+        if exc.code not in ABSENT:
+            raise
+        return 0 if exc.code == Code.NOT_SUPPORTED else SLOTS_UNTOLD
 
 
 def mig_device(handle: Handle, index: int) -> Handle | None:
     """The MIG device in slot `index`; None for an empty slot, after which others may follow."""
-    empty = {Code.NOT_FOUND, Code.INVALID_ARGUMENT}
-    return unless(empty, lambda: Handle(call("nvmlDeviceGetMigDeviceHandleByIndex", handle, index)))  # type: ignore[no-any-return]
+    return unless(GONE, lambda: Handle(call("nvmlDeviceGetMigDeviceHandleByIndex", handle, index)))  # type: ignore[no-any-return]
 
 
 def gi_id(mig_handle: Handle) -> int:
@@ -353,7 +359,7 @@ def _versioned(function: str, *args: Any) -> Any:
     try:
         return call(function, *args, version=2)
     except DriverError as exc:
-        if exc.code != Code.FUNCTION_NOT_FOUND:
+        if exc.code not in {Code.FUNCTION_NOT_FOUND, Code.ARGUMENT_VERSION_MISMATCH}:
             raise
         return call(function, *args, version=1)
 

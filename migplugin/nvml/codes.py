@@ -18,6 +18,7 @@ class Code(IntEnum):
     LIB_RM_VERSION_MISMATCH = 18
     IN_USE = 19
     INSUFFICIENT_RESOURCES = 23
+    ARGUMENT_VERSION_MISMATCH = 25
     UNKNOWN = 999
 
 
@@ -40,6 +41,9 @@ _SAID = {
 
 # The function does not exist here, or not for this device: an answer, not a failure.
 ABSENT = frozenset({Code.NOT_SUPPORTED, Code.FUNCTION_NOT_FOUND})
+
+# What is said of an instance that was there a moment ago, or of an empty slot.
+GONE = frozenset({Code.NOT_FOUND, Code.INVALID_ARGUMENT})
 
 
 def describe(code: int) -> str:

@@ -7,9 +7,9 @@ and profiles) is asked once; what lives is asked every time.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,7 +29,7 @@ from migplugin.errors import DriverError
 from migplugin.nvml import binding
 from migplugin.nvml.binding import Attributes, GiInfo, GiProfileInfo, Handle
 from migplugin.nvml.capabilities import Capabilities, control_nodes, numa_node
-from migplugin.nvml.codes import ABSENT, Code
+from migplugin.nvml.codes import ABSENT, GONE, Code
 
 log = logging.getLogger(__name__)
 
@@ -43,25 +43,44 @@ PRIVILEGE_MISSING = (
 # What the name of a profile ends in, by NVML's enum, for drivers that say no name (nvml.md 4).
 _ATTRIBUTE = {7: "+me", 8: "+me", 10: "+gfx", 11: "+gfx", 12: "+gfx", 13: "-me", 14: "-me", 15: "+me.all", 16: "+me.all", 17: "+gfx"}  # fmt: skip  # noqa: E501
 
-_REFUSED = {Code.NO_PERMISSION, *ABSENT}
+_REFUSED = ABSENT | {Code.NO_PERMISSION}
 
 
 @dataclass(frozen=True, slots=True)
 class _Fixed:
-    """What does not change while a GPU stays in its MIG mode."""
+    """What does not change while a GPU stays in its MIG mode; `refused` if we were not told all of it."""
 
     product: str
     pci_address: str
     numa_node: int | None
     memory_bytes: int
     profiles: tuple[GpuProfile, ...]
-    infos: Mapping[int, GiProfileInfo]
+    refused: bool
+
+    def name(self, profile_id: int) -> str:
+        return next((profile.name for profile in self.profiles if profile.id == profile_id), "")
+
+
+@dataclass(slots=True)
+class _Reading:
+    """One GPU while it is read. `told` says whether the driver told every GPU instance; `doubtful` are the
+    listed (gi, ci) that contradict what else it says.
+    """
+
+    handle: Handle
+    uuid: GpuUuid
+    minor: int
+    fixed: _Fixed
+    instances: dict[int, GiInfo] = field(default_factory=dict)
+    told: bool = True
+    refused: bool = False
+    doubtful: set[tuple[int, int]] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """An inventory, and where it and the files disagree: (gpu, gi, ci) listed but not seen, or seen but
-    not listed. `hidden` says whether a GPU's files cannot be seen at all.
+    """An inventory, and where it contradicts itself or the files: (gpu, gi, ci) listed but not seen, seen
+    but not listed, or told to be two things. `hidden` says whether a GPU's files cannot be seen at all.
     """
 
     inventory: Inventory
@@ -78,7 +97,6 @@ class Snapshots:
         self._dev_root = dev_root
         self._fixed: dict[tuple[GpuUuid, bool | None], _Fixed] = {}
         self._uuids: dict[int, GpuUuid] = {}
-        self._refused = False
 
     def forget(self) -> None:
         """A new session may be one with another driver. Which GPU had which index is kept, for lost ones."""
@@ -87,18 +105,17 @@ class Snapshots:
 
     def take(self) -> Look:
         """Raises DriverError where the driver as a whole does not answer."""
-        self._refused = False
         version = binding.driver_version()
         gpus: list[Gpu] = []
         broken: list[tuple[int, GpuUuid | None, str]] = []
         disagreements: set[tuple[GpuUuid, int, int]] = set()
-        hidden = False
+        hidden = refused = False
         for index in range(binding.gpu_count()):
             uuid: GpuUuid | None = None
             try:
                 handle = binding.gpu(index)
                 uuid = GpuUuid(binding.uuid(handle))
-                gpu = self._gpu(handle, index, uuid)
+                gpu, reading = self._gpu(handle, index, uuid)
             except DriverError as exc:
                 broken.append((index, uuid, str(exc)))
                 continue
@@ -108,17 +125,16 @@ class Snapshots:
                 seen = self._capabilities.seen(gpu.minor)
                 listed = {(device.gi, device.ci) for device in gpu.devices}
                 hidden = hidden or seen is None
-                disagreements |= {(uuid, gi, ci) for gi, ci in listed ^ (listed if seen is None else seen)}
-                if not self._refused:
-                    # Privileged, we were told every GPU instance: a device outside of them is not there.
-                    disagreements |= {(uuid, d.gi, d.ci) for d in gpu.devices if d.placement is None}
+                refused = refused or reading.refused
+                doubtful = reading.doubtful | (listed ^ (listed if seen is None else seen))
+                disagreements |= {(uuid, gi, ci) for gi, ci in doubtful}
         named = {gpu.uuid for gpu in gpus} | {uuid for _, uuid, _ in broken if uuid is not None}
         inventory = Inventory(
             driver_version=version,
             gpus=tuple(gpus),
             broken=tuple(BrokenGpu(i, uuid or self._last_uuid(i, named), why) for i, uuid, why in broken),
             control_nodes=control_nodes(self._dev_root),
-            unreadable=(PRIVILEGE_MISSING,) if self._refused else (),
+            unreadable=(PRIVILEGE_MISSING,) if refused else (),
         )
         return Look(inventory, frozenset(disagreements), hidden)
 
@@ -127,17 +143,18 @@ class Snapshots:
         uuid = self._uuids.get(index)
         return None if uuid is None or uuid in named else uuid
 
-    def _gpu(self, handle: Handle, index: int, uuid: GpuUuid) -> Gpu:
+    def _gpu(self, handle: Handle, index: int, uuid: GpuUuid) -> tuple[Gpu, _Reading]:
         minor = binding.minor(handle)
         mode = binding.mig_mode(handle)
         enabled, pending = (None, None) if mode is None else mode
-        fixed = self._fixed.get((uuid, enabled))
-        if fixed is None:
-            fixed = self._fixed[uuid, enabled] = self._read_fixed(handle, capable=mode is not None)
-        instances = self._instances(handle, fixed) if enabled else {}
-        found = self._devices(handle, uuid, minor, fixed, instances) if enabled else ()
+        reading = _Reading(handle, uuid, minor, self._fixed_of(handle, uuid, enabled))
+        if enabled:
+            self._read_instances(reading)
+        found = self._devices(reading) if enabled else []
+        fixed = reading.fixed
         grid = [placement.start + placement.size for p in fixed.profiles for placement in p.placements]
-        return Gpu(
+        by_device = {device.gi: profiles.of_gpu_instance(device.profile) for device in found}
+        gpu = Gpu(
             uuid=uuid,
             index=index,
             minor=minor,
@@ -150,33 +167,136 @@ class Snapshots:
             memory_slices=max(grid, default=0),
             profiles=fixed.profiles,
             instances=tuple(
-                GpuInstance(gi, self._profile_name(fixed, info.profile_id), Placement(info.start, info.size))
-                for gi, info in sorted(instances.items())
+                GpuInstance(
+                    gi,
+                    fixed.name(info.profile_id) or by_device.get(gi, ""),
+                    Placement(info.start, info.size),
+                )
+                for gi, info in sorted(reading.instances.items())
             ),
             devices=tuple(sorted(found, key=lambda device: (device.gi, device.ci))),
         )
+        return gpu, reading
 
-    def _read_fixed(self, handle: Handle, *, capable: bool) -> _Fixed:
-        address = binding.pci_address(handle)
-        # With MIG on, the memory of the whole GPU is told to the privileged only.
-        memory = self._allowed(lambda: binding.memory_bytes(handle), 0)
-        none: list[GiProfileInfo] = []
-        infos = self._allowed(lambda: binding.gi_profiles(handle), none) if capable else none
-        return _Fixed(
-            product=binding.name(handle),
-            pci_address=address,
-            numa_node=numa_node(self._sysfs_root, address),
-            memory_bytes=memory,
-            profiles=tuple(self._profile(handle, info, memory) for info in infos),
-            infos={info.id: info for info in infos},
+    def _fixed_of(self, handle: Handle, uuid: GpuUuid, enabled: bool | None) -> _Fixed:
+        fixed = self._fixed.get((uuid, enabled))
+        if fixed is None:
+            fixed = _read_fixed(handle, self._sysfs_root, capable=enabled is not None)
+            if not fixed.refused:
+                # What was refused is asked for again: privilege can come later.
+                self._fixed[uuid, enabled] = fixed
+        return fixed
+
+    @staticmethod
+    def _read_instances(gpu: _Reading) -> None:
+        """Every live GPU instance by its id, also those without compute instance; none without privilege."""
+        for profile in gpu.fixed.profiles:
+            try:
+                listed = binding.gis(gpu.handle, profile.id, profile.max_instances)
+            except DriverError as exc:
+                if exc.code not in _REFUSED:
+                    raise
+                gpu.told = False
+                gpu.refused = gpu.refused or exc.code == Code.NO_PERMISSION
+                return
+            gpu.instances.update((info.id, info) for info in listed)
+
+    def _devices(self, gpu: _Reading) -> list[MigDevice]:
+        found = []
+        for slot in range(binding.most_mig_devices(gpu.handle)):
+            device = binding.mig_device(gpu.handle, slot)
+            if device is not None:
+                try:
+                    found.append(self._device(gpu, device, slot))
+                except DriverError as exc:
+                    # Gone between the listing and now, or half made: another event will follow.
+                    if exc.code not in GONE:
+                        raise
+                    log.debug("MIG device left while we looked", extra={"gpu": gpu.uuid, "slot": slot})
+        return found
+
+    def _device(self, gpu: _Reading, device: Handle, slot: int) -> MigDevice:
+        uuid = DeviceId(binding.uuid(device))
+        gi, ci = binding.gi_id(device), binding.ci_id(device)
+        attributes: Attributes | None = binding.unless(_REFUSED, lambda: binding.attributes(device))
+        info = self._instance_of(gpu, gi, ci)
+        return MigDevice(
+            uuid=uuid,
+            gpu=gpu.uuid,
+            index=slot,
+            gi=gi,
+            ci=ci,
+            profile=self._name(gpu, device, info, ci, attributes),
+            placement=None if info is None else Placement(info.start, info.size),
+            memory_mib=None if attributes is None else attributes.memory_mib,
+            multiprocessors=None if attributes is None else attributes.multiprocessors,
+            gi_minor=self._capabilities.minor(gpu.minor, gi),
+            ci_minor=self._capabilities.minor(gpu.minor, gi, ci),
         )
 
-    def _profile(self, handle: Handle, info: GiProfileInfo, memory_bytes: int) -> GpuProfile:
-        name = profiles.from_driver(info.name)
-        if not name and memory_bytes:
+    @staticmethod
+    def _instance_of(gpu: _Reading, gi: int, ci: int) -> GiInfo | None:
+        """The GPU instance of a listed device; where it is of a profile that we cannot ask for, by its id."""
+        info = gpu.instances.get(gi)
+        if info is not None or gpu.refused:
+            return info
+        try:
+            info = gpu.instances[gi] = binding.gi_info(binding.gi(gpu.handle, gi))
+        except DriverError as exc:
+            if exc.code not in _REFUSED | GONE:
+                raise
+            gpu.refused = exc.code == Code.NO_PERMISSION
+            if gpu.told and exc.code in GONE:
+                # We were told every GPU instance, and its own is not there: the session tells old news.
+                gpu.doubtful.add((gi, ci))
+        return info
+
+    @staticmethod
+    def _name(
+        gpu: _Reading, device: Handle, info: GiInfo | None, ci: int, attributes: Attributes | None
+    ) -> str:
+        """The profile, as the driver calls it: of the GPU instance where it is told, else of the device."""
+        of_gi = "" if info is None else gpu.fixed.name(info.profile_id)
+        by_driver = profiles.from_driver(binding.unless(_REFUSED, lambda: binding.name(device), ""))
+        if info is not None and profiles.parse(of_gi) is not None:
+            slices: int | None = None if attributes is None else attributes.ci_slices
+            if slices is None:
+                slices = binding.unless(
+                    _REFUSED, lambda: binding.ci_slices(binding.gi(gpu.handle, info.id), ci)
+                )
+            if slices is not None:
+                name = profiles.of_compute_instance(of_gi, slices)
+                if by_driver not in {"", name}:
+                    gpu.doubtful.add((info.id, ci))
+                return name
+        if by_driver or of_gi:
+            return by_driver or of_gi
+        if attributes is not None and gpu.fixed.memory_bytes:
+            a = attributes
+            return profiles.computed(a.gi_slices, a.ci_slices, a.memory_mib, gpu.fixed.memory_bytes)
+        raise DriverError(f"the driver names no profile for {binding.uuid(device)}", call="nvmlDeviceGetName")
+
+
+def _read_fixed(handle: Handle, sysfs_root: Path, *, capable: bool) -> _Fixed:
+    refused = False
+
+    def allowed(function: Callable[[], T], otherwise: T) -> T:
+        """What `function` answers; `otherwise` where we may not ask or the driver cannot say."""
+        nonlocal refused
+        try:
+            return function()
+        except DriverError as exc:
+            if exc.code not in _REFUSED:
+                raise
+            refused = refused or exc.code == Code.NO_PERMISSION
+            return otherwise
+
+    def profile(info: GiProfileInfo) -> GpuProfile:
+        name = profiles.from_driver(info.name) or info.name
+        if not name and memory:
             attribute = _ATTRIBUTE.get(info.enum, "")
-            name = profiles.computed(info.slices, info.slices, info.memory_mib, memory_bytes, attribute)
-        places: list[tuple[int, int]] = self._allowed(lambda: binding.placements(handle, info.id), [])
+            name = profiles.computed(info.slices, info.slices, info.memory_mib, memory, attribute)
+        places: list[tuple[int, int]] = allowed(lambda: binding.placements(handle, info.id), [])
         return GpuProfile(
             name,
             info.id,
@@ -186,98 +306,16 @@ class Snapshots:
             tuple(Placement(start, size) for start, size in sorted(places)),
         )
 
-    def _instances(self, handle: Handle, fixed: _Fixed) -> dict[int, GiInfo]:
-        """Every live GPU instance by its id, also those without compute instance; none without privilege."""
-        found: dict[int, GiInfo] = {}
-        for profile in fixed.profiles:
-            listed: list[GiInfo] = self._allowed(
-                lambda profile=profile: binding.gis(handle, profile.id, profile.max_instances),  # type: ignore[misc]
-                [],
-            )
-            found.update((info.id, info) for info in listed)
-        return found
-
-    def _devices(
-        self, handle: Handle, uuid: GpuUuid, minor: int, fixed: _Fixed, instances: Mapping[int, GiInfo]
-    ) -> list[MigDevice]:
-        found = []
-        for slot in range(binding.most_mig_devices(handle)):
-            device = binding.mig_device(handle, slot)
-            if device is not None:
-                try:
-                    found.append(self._device(handle, device, slot, uuid, minor, fixed, instances))
-                except DriverError as exc:
-                    # Gone between the listing and now, or half made: another event will follow.
-                    if exc.code not in {Code.INVALID_ARGUMENT, Code.NOT_FOUND}:
-                        raise
-                    log.debug("MIG device left while we looked", extra={"gpu": uuid, "slot": slot})
-        return found
-
-    def _device(
-        self,
-        handle: Handle,
-        device: Handle,
-        slot: int,
-        gpu: GpuUuid,
-        minor: int,
-        fixed: _Fixed,
-        instances: Mapping[int, GiInfo],
-    ) -> MigDevice:
-        uuid = DeviceId(binding.uuid(device))
-        gi, ci = binding.gi_id(device), binding.ci_id(device)
-        attributes: Attributes | None = self._allowed(lambda: binding.attributes(device), None)
-        info = instances.get(gi)
-        return MigDevice(
-            uuid=uuid,
-            gpu=gpu,
-            index=slot,
-            gi=gi,
-            ci=ci,
-            profile=self._name(handle, device, fixed, info, ci, attributes),
-            placement=None if info is None else Placement(info.start, info.size),
-            memory_mib=None if attributes is None else attributes.memory_mib,
-            multiprocessors=None if attributes is None else attributes.multiprocessors,
-            gi_minor=self._capabilities.minor(minor, gi),
-            ci_minor=self._capabilities.minor(minor, gi, ci),
-        )
-
-    def _name(
-        self,
-        handle: Handle,
-        device: Handle,
-        fixed: _Fixed,
-        info: GiInfo | None,
-        ci: int,
-        attributes: Attributes | None,
-    ) -> str:
-        """The profile, as the driver calls it: of the GPU instance where it is told, else of the device."""
-        of_gi = "" if info is None else self._profile_name(fixed, info.profile_id)
-        if info is not None and profiles.parse(of_gi) is not None:
-            slices: int | None = None if attributes is None else attributes.ci_slices
-            if slices is None:
-                slices = self._allowed(lambda: binding.ci_slices(binding.gi(handle, info.id), ci), None)
-            if slices is not None:
-                return profiles.of_compute_instance(of_gi, slices)
-        by_driver = profiles.from_driver(binding.name(device))
-        if by_driver:
-            return by_driver
-        if of_gi:
-            return of_gi
-        if attributes is not None and fixed.memory_bytes:
-            a = attributes
-            return profiles.computed(a.gi_slices, a.ci_slices, a.memory_mib, fixed.memory_bytes)
-        raise DriverError(f"the driver names no profile for {binding.uuid(device)}", call="nvmlDeviceGetName")
-
-    @staticmethod
-    def _profile_name(fixed: _Fixed, profile_id: int) -> str:
-        return next((profile.name for profile in fixed.profiles if profile.id == profile_id), "")
-
-    def _allowed(self, function: Callable[[], T], otherwise: T) -> T:
-        """What `function` answers; `otherwise`, remembered, where we may not ask or the driver cannot say."""
-        try:
-            return function()
-        except DriverError as exc:
-            if exc.code not in _REFUSED:
-                raise
-            self._refused = self._refused or exc.code == Code.NO_PERMISSION
-            return otherwise
+    address = binding.pci_address(handle)
+    # With MIG on, the memory of the whole GPU is told to the privileged only.
+    memory = allowed(lambda: binding.memory_bytes(handle), 0)
+    none: list[GiProfileInfo] = []
+    infos = allowed(lambda: binding.gi_profiles(handle), none) if capable else none
+    return _Fixed(
+        product=binding.name(handle),
+        pci_address=address,
+        numa_node=numa_node(sysfs_root, address),
+        memory_bytes=memory,
+        profiles=tuple(profile(info) for info in infos),
+        refused=refused,
+    )

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 import pytest
 
 from migplugin.nvml import events
-from nvml.machine import Machine, machine
+from tests.nvml.machine import Machine, machine
 
 
 @pytest.fixture(autouse=True)

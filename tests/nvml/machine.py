@@ -33,7 +33,12 @@ class Counting:
     def __init__(self, library: object) -> None:
         self._library = library
         self.calls: Counter[str] = Counter()
+        # Called with the arguments of the C function; `original` is what stands behind it.
         self.replaced: dict[str, Callable[..., int]] = {}
+
+    def original(self, name: str) -> Callable[..., int]:
+        function: Callable[..., int] = getattr(self._library, name)
+        return function
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._library, name)

@@ -15,7 +15,7 @@ import pytest
 from migplugin.core.inventory import Gpu, Inventory
 from migplugin.core.profile import parse
 from migplugin.nvml.driver import Driver
-from nvml.machine import edge, machine
+from tests.nvml.machine import edge, machine
 
 _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 NODE = "1xa100-40gb=3g.20gb:2g.10gb:1g.5gb*2,1xh100-80gb=1c.3g.40gb*3:1g.10gb,1xa30=,1xa100-80gb"
