@@ -37,8 +37,8 @@ def pod(name: str = "a", count: int = 1, resource: str = R) -> Pod:
     return Pod(name, (Container("main", {resource: count}),))
 
 
-async def listed(kubelet: Kubelet, count: int, resource: str = R) -> None:
-    await kubelet.until(lambda k: k.allocatable(resource) == count)
+async def listed(kubelet: Kubelet, count: int, resource: str = R, within: float = 10.0) -> None:
+    await kubelet.until(lambda k: k.allocatable(resource) == count, timeout=within)
 
 
 @asynccontextmanager

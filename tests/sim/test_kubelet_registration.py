@@ -274,6 +274,41 @@ async def test_a_refused_registration_forgets_the_client_that_was_current() -> N
         assert kubelet.allocatable(R) == 1
 
 
+async def test_a_plugin_that_is_dialled_while_the_old_one_ends_is_taken_and_then_forgotten() -> None:
+    async with running() as kubelet:
+        old = Plugin(kubelet.socket, R, [device("a")])
+        await old.serve()
+        await old.register()
+        await listed(kubelet, 1)
+        new = Plugin(kubelet.socket, R, [device("b"), device("c")])
+        with socket.socket(socket.AF_UNIX) as slow:
+            slow.bind(str(new.path))
+            slow.listen()
+            slow.setblocking(False)
+            registering = asyncio.create_task(new.register())
+            dialling, _ = await asyncio.get_running_loop().sock_accept(slow)
+            await old.stop()
+            await listed(kubelet, 0)
+        dialling.close()
+        new.path.unlink()
+        await new.serve()
+        await registering
+        await listed(kubelet, 2)
+        await new.end_stream()
+        await new.called("stream ended")
+        assert kubelet.allocatable(R) == 2
+        await new.stop()
+
+
+async def test_every_start_makes_a_new_socket_though_its_inode_may_be_the_old_one() -> None:
+    async with running() as kubelet:
+        before = os.lstat(kubelet.socket)
+        await kubelet.restart(kill=True)
+        after = os.lstat(kubelet.socket)
+        assert (before.st_ino, before.st_ctime_ns) != (after.st_ino, after.st_ctime_ns)
+        assert before.st_mtime_ns < after.st_mtime_ns
+
+
 async def test_a_path_too_long_for_a_socket_is_told() -> None:
     with directory() as root:
         kubelet = Kubelet(root / ("x" * 90))

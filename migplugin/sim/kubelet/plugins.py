@@ -70,6 +70,7 @@ class Client:
     def __init__(self, resource: str, path: Path) -> None:
         self.resource = resource
         self.path = path
+        self.dialled = False
         self._closed = False
         self._channel = grpc.aio.insecure_channel(f"unix:{path}", options=_OPTIONS)
         self._stub = api_pb2_grpc.DevicePluginStub(self._channel)
@@ -80,6 +81,7 @@ class Client:
             await asyncio.wait_for(self._channel.channel_ready(), dial_timeout)
         except TimeoutError as exc:
             raise Refused("failed to dial device plugin: context deadline exceeded") from exc
+        self.dialled = True
         try:
             return await self._call(self._stub.GetDevicePluginOptions(api_pb2.Empty(), timeout=deadline))
         except CallFailed as exc:
@@ -216,7 +218,9 @@ class Registration(api_pb2_grpc.RegistrationServicer):
         current = self._current.pop(resource, None)
         if current is not None:
             self._receiver.disconnected(resource)
-            await self._close(current)
+            # One that is still being dialled has no connection to close: it goes on, and is forgotten.
+            if current.dialled:
+                await self._close(current)
         await self._close(client)
 
     async def _close(self, client: Client) -> None:
