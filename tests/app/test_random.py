@@ -103,5 +103,7 @@ async def test_no_step_of_a_random_life_is_answered_wrongly(machine: Start) -> N
         else:
             await kubelet.restart(kill=chance.random() < 0.5)
         devices = live(node)
-        await node.until(partial(is_right, devices, held))
+        # A UUID that comes back as another profile waits until nobody can hold it as the old one: a
+        # lease that no pod shows any more ends after ten seconds and two looks.
+        await node.until(partial(is_right, devices, held), timeout=40.0)
     assert kubelet.panic is None

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from driver_fixtures import directory
 
 from migplugin.sim import commands
 from migplugin.sim.records import WHOLE
 from migplugin.sim.store import Store
+from tests.sim.driver_fixtures import directory
 
 DEMO = "1xa100-40gb=1g.5gb*7,1xa100-40gb=3g.20gb:2g.10gb:1g.5gb*2"
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pynvml
 import pytest
-from driver_fixtures import Driver, address, create, driver, refused
 
 from migplugin.sim.codes import EventType
+from tests.sim.driver_fixtures import Driver, address, create, driver, refused
 
 XID, MIG = 0x8, 0x100
 NOT_SUPPORTED, TIMEOUT, GPU_IS_LOST, INVALID_ARGUMENT = 3, 10, 15, 2

@@ -6,11 +6,11 @@ import stat
 from pathlib import Path
 
 import pytest
-from driver_fixtures import driver
 
 from migplugin.errors import InputError, SimulatorError
 from migplugin.sim import files
 from migplugin.sim.driver import Simulation
+from tests.sim.driver_fixtures import driver
 
 NODE = "1xa100-40gb=3g.20gb,1xa100-40gb=1c.3g.20gb*2"
 CAPABILITIES = "driver/nvidia/capabilities"

@@ -6,7 +6,12 @@ from typing import Any
 
 import pynvml
 import pytest
-from driver_fixtures import (
+
+from migplugin.sim import abi, profiles
+from migplugin.sim.call import Export
+from migplugin.sim.driver import Simulation
+from migplugin.sim.records import Process
+from tests.sim.driver_fixtures import (
     address,
     compute_instances,
     create,
@@ -16,11 +21,6 @@ from driver_fixtures import (
     placements,
     refused,
 )
-
-from migplugin.sim import abi, profiles
-from migplugin.sim.call import Export
-from migplugin.sim.driver import Simulation
-from migplugin.sim.records import Process
 
 DEMO = "1xa100-40gb=1g.5gb*7,1xa100-40gb=3g.20gb:2g.10gb:1g.5gb*2"
 

@@ -9,7 +9,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from driver_fixtures import directory
 
 from migplugin.errors import SimulatorError
 from migplugin.sim import files, spec
@@ -17,6 +16,7 @@ from migplugin.sim import store as store_module
 from migplugin.sim.model import Node
 from migplugin.sim.store import Store
 from migplugin.sim.watch import Watch
+from tests.sim.driver_fixtures import directory
 
 
 def _made(state: Path, text: str = "1xa100-40gb=") -> Store:

@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import pynvml
 import pytest
-from driver_fixtures import A100, create, driver, gpu_instances, placements, refused
 
 from migplugin.errors import InputError
 from migplugin.sim import spec
 from migplugin.sim.records import Failure, Process, Switches
 from migplugin.sim.switches import MEANING, set_switch
+from tests.sim.driver_fixtures import A100, create, driver, gpu_instances, placements, refused
 
 NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND, UNKNOWN = 3, 4, 6, 999
 
