@@ -14,9 +14,9 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
-from migplugin.sim.kubelet import Kubelet
 
 from migplugin._proto.deviceplugin.v1beta1 import api_pb2, api_pb2_grpc
+from migplugin.sim.kubelet import Kubelet
 from migplugin.sim.store import Store
 
 NODE = "8xa100-40gb=1g.5gb*7"
@@ -47,7 +47,7 @@ class Peer:
     kubelet: Kubelet
     process: asyncio.subprocess.Process
     cold_start: float
-    stub: api_pb2_grpc.DevicePluginStub
+    stub: "api_pb2_grpc.DevicePluginAsyncStub"  # known to the type checker only
     ids: list[str]
 
     async def allocate(self, id_: str) -> None:

@@ -107,9 +107,7 @@ def parse(content: bytes, source: str) -> Document:
     _compare(plain, SHAPE, "", findings, source)
     values: dict[str, Any] = {}
     _flatten({key: plain.get(key) for key in ("flags", "imex")}, "", values)
-    return Document(
-        source, values, plain.get("resources") or {}, plain.get("sharing") or {}, tuple(findings)
-    )
+    return Document(source, values, plain.get("resources") or {}, plain.get("sharing") or {}, tuple(findings))
 
 
 def _plain(node: yaml.Node, path: str, findings: list[str], source: str, depth: int) -> Any:
@@ -133,7 +131,7 @@ def _plain(node: yaml.Node, path: str, findings: list[str], source: str, depth: 
             for number, item in enumerate(node.value)
         ]
     try:
-        return yaml.SafeLoader("").construct_object(node)  # type: ignore[no-untyped-call]
+        return yaml.SafeLoader("").construct_object(node)
     except (yaml.YAMLError, ValueError) as exc:
         raise InputError(f"{source}:{_line(node)}: {path}: {_one_line(exc)}") from exc
 
