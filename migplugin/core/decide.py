@@ -287,10 +287,10 @@ def _absence(
     if any(device.id in {gpu.uuid, *(mig.uuid for mig in gpu.devices)} for gpu in world.inventory.gpus):
         return f"no longer offered as {resource}", True
     for gpu in world.inventory.broken:
-        # Without its uuid a broken GPU may be anyone's: then nothing unaccounted for counts as gone.
-        if gpu.uuid == device.gpu or (
-            gpu.uuid is None and device.gpu not in {g.uuid for g in world.inventory.gpus}
-        ):
+        # A broken GPU without its uuid may be anyone's, and a device that only a pod names may be on
+        # any: then nothing unaccounted for counts as gone.
+        unaccounted = device.gpu not in {answering.uuid for answering in world.inventory.gpus}
+        if gpu.uuid == device.gpu or (unaccounted and not (gpu.uuid and device.gpu)):
             return f"GPU {gpu.index}: {gpu.reason}", False
     return "gone: no such device on this node now", True
 

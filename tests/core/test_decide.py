@@ -122,6 +122,29 @@ def test_a_lease_holds_a_device_until_two_late_looks_have_not_seen_it() -> None:
     assert run.shown(MIG_1G) == {"MIG-a": True}
 
 
+def test_looks_soon_after_an_allocation_do_not_end_its_lease() -> None:
+    run = Run(inventory=ONE, now=5.0, leases={(MIG_1G, DeviceId("MIG-b")): 5.0})
+    for now in (7.0, 9.0, 11.0, 14.9):
+        run.step(now=now, usage=usage(now))
+    assert run.world.leases, "the kubelet may not have written it down yet"
+
+
+def test_losing_the_driver_takes_nothing_away() -> None:
+    run = Run(inventory=ONE)
+    run.step(now=1.0, inventory=WITHOUT_B)
+    run.step(now=2.0, driver_failed=2.0, driver_error="no answer")
+    run.step(now=500.0, usage=usage(500.0))
+    assert run.shown(MIG_1G) == {"MIG-a": False, "MIG-b": False}
+    run.step(now=501.0, driver_failed=None)
+    assert run.shown(MIG_1G) == {"MIG-a": True}
+
+
+def test_single_serves_on_when_the_agent_restarts_under_a_pod() -> None:
+    options = Options(strategy=Strategy.SINGLE, removal_delay=10.0)
+    run = Run(inventory=ONE, usage=usage(0.0, (GPU, "MIG-a")), options=options)
+    assert run.shown(GPU) == {"MIG-a": True, "MIG-b": True}
+
+
 def test_a_lease_ends_when_a_look_begun_after_it_names_the_device() -> None:
     key = (MIG_1G, DeviceId("MIG-b"))
     run = Run(inventory=ONE, usage=usage(4.0, (MIG_1G, "MIG-b")), leases={key: 5.0})
@@ -205,6 +228,17 @@ def test_a_broken_gpu_without_a_name_keeps_whatever_is_unaccounted_for() -> None
     run.step(now=1.0, inventory=inventory(gpu(0), broken=(BrokenGpu(1, None, "no answer"),)))
     run.step(now=1000.0, usage=usage(1000.0))
     assert run.shown(MIG_1G) == {"MIG-b": False}, "MIG-a is gone from a GPU that answers"
+
+
+def test_a_device_that_only_a_pod_names_may_be_on_a_broken_gpu() -> None:
+    lost = inventory(gpu(0), broken=(BrokenGpu(1, GpuUuid("GPU-1"), "GPU is lost"),))
+    run = Run(inventory=lost, usage=usage(0.0, (MIG_1G, "MIG-b")))
+    assert run.sick(MIG_1G, "MIG-b") == "GPU 1: GPU is lost"
+    run.step(now=1000.0, usage=usage(1000.0))
+    assert run.shown(MIG_1G) == {"MIG-b": False}
+    run.step(now=1001.0, inventory=inventory(gpu(0), gpu(1)))
+    run.step(now=1011.0, usage=usage(1011.0))
+    assert run.shown(MIG_1G) == {}
 
 
 def test_losing_the_driver_changes_nothing_until_the_grace_is_over() -> None:

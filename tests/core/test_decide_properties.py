@@ -6,9 +6,13 @@ DESIGN 5 are held against the truth; at the end only the alarms that `decide` as
 the list must come to show what is there and nothing else.
 """
 
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -58,7 +62,7 @@ class Node(RuleBasedStateMachine):
         profiles=st.tuples(*(st.sampled_from((*PROFILES, "")) for _ in IDS)),
     )
     def start(
-        self, strategy: Strategy, listed: bool, mig: set[int], profiles: tuple[str, ...], busy: bool
+        self, strategy: Strategy, listed: bool, mig: set[int], profiles: Sequence[str], busy: bool
     ) -> None:
         self.pod_resources_there, self.mig = listed, mig
         made = zip(IDS, profiles, strict=True)
@@ -272,6 +276,9 @@ class Node(RuleBasedStateMachine):
         old, new = self.shown(before) if before is not None else {}, self.shown()
         for key in old.keys() - new.keys():
             assert self.now >= self.unhealthy_since[key] + REMOVAL_DELAY, f"{key} left too soon"
+            assert self.world.driver_failed is None, f"{key} left while the driver was silent"
+            profile = self.devices.get(key[1]) if gpu_of(key[1]) in self.broken else None
+            assert profile is None or of_profile(profile) != key[0], f"{key} left while its GPU was silent"
         self.unhealthy_since = {
             key: self.unhealthy_since.get(key, self.now) for key, healthy in new.items() if not healthy
         }
@@ -357,5 +364,54 @@ def gpu_of(id_: str) -> int:
     return int(id_.split("-")[1])
 
 
-Node.TestCase.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
+# What happens how often in a long life; Hypothesis finds the short stories, this the tangled ones.
+LIFE: dict[str, tuple[int, dict[str, tuple[Any, ...]]]] = {
+    "time_passes": (8, {"seconds": (0.5, 3.0, 7.0, REMOVAL_DELAY, 33.3, EMPTY_KEPT)}),
+    "usage_is_read": (6, {"checkpoint": (True, True, False), "listed": (True, True, False)}),
+    "make_or_destroy": (6, {"id_": IDS, "profile": (*PROFILES, "")}),
+    "carve_all_anew": (1, {"profile": (*PROFILES, "")}),
+    "pods_start": (5, {"all_of_them": (True, False), "delay": (0.0, 3.0, 8.0)}),
+    "pod_ends": (4, {"last": (True, False)}),
+    "kubelet_drops_an_allocation": (1, {}),
+    "kubelet_restarts": (1, {"api_server": (True, False)}),
+    "a_read_of_usage_begins": (1, {}),
+    "that_read_ends": (1, {}),
+    "gpu_breaks_or_returns": (1, {"gpu": GPUS, "named": (True, False)}),
+    "driver_falls_silent_or_answers": (1, {}),
+    "switch_mig_mode": (1, {"gpu": GPUS}),
+    "agent_restarts": (1, {}),
+}
+
+
+@pytest.mark.parametrize("strategy", [Strategy.MIXED, Strategy.SINGLE])
+@pytest.mark.parametrize("seed", range(12))
+def test_a_long_life(seed: int, strategy: Strategy) -> None:
+    dice = random.Random(seed)
+    node = Node()
+    node.start(
+        strategy=strategy,
+        listed=bool(seed % 3),
+        mig=set(GPUS),
+        busy=True,
+        profiles=dice.choices(PROFILES, k=len(IDS)),
+    )
+    names, weights = list(LIFE), [weight for weight, _ in LIFE.values()]
+    for name in dice.choices(names, weights, k=250):
+        if is_possible(node, name):
+            getattr(node, name)(**{word: dice.choice(values) for word, values in LIFE[name][1].items()})
+            node.what_a_pod_holds_is_listed_and_healthy_nowhere_else()
+    node.teardown()
+
+
+def is_possible(node: Node, name: str) -> bool:
+    if name == "pod_ends":
+        return bool(node.pods)
+    if name == "that_read_ends":
+        return node.reading is not None
+    if name == "agent_restarts":
+        return node.checkpoint_works and all(pod.recorded <= node.now for pod in node.pods)
+    return True
+
+
+Node.TestCase.settings = settings(max_examples=100, stateful_step_count=25, deadline=None)
 TestNode = Node.TestCase
