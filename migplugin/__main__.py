@@ -1,5 +1,11 @@
 """`python -m migplugin`, the same as the `migplugin` command."""
 
-from migplugin.cli import main
+import gc
 
-main()
+# Imports make many objects and no garbage. Commands are short; `serve` turns it on again.
+gc.disable()
+
+from migplugin.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ Imports that only one command needs are made by that command: starting fast is a
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from migplugin import __version__
 from migplugin.aio import keep_running
@@ -21,13 +23,13 @@ from migplugin.control.reconciler import Pace, Reconciler
 from migplugin.core.allocation import EditOptions
 from migplugin.core.decide import Options
 from migplugin.core.resource import Strategy
-from migplugin.core.status import Status
-from migplugin.core.status import status as describe
-from migplugin.errors import DriverError
 from migplugin.kubelet.podresources import CHECKPOINT_NAME, UsageReader
 from migplugin.kubelet.sockets import NodeLock, remove_stale
 from migplugin.nvml.driver import Driver
 from migplugin.settings import Settings
+
+if TYPE_CHECKING:
+    from migplugin.core.status import Status
 
 log = logging.getLogger(__name__)
 
@@ -96,18 +98,21 @@ async def serve(settings: Settings) -> int:
         reconciler = Reconciler(driver, _usage(settings), _options(settings), Pace(settings.poll_interval))
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reconciler.geometry_changed)
         try:
-            if settings.fail_on_init_error and (reason := await _missing_driver(driver)):
-                log.error("no driver, and --fail-on-init-error asks to exit", extra={"reason": reason})
-                return NO_DRIVER
-            if not await _unless(stop, reconciler.first()):
-                return stop.result()
             return await _serve(settings, where, reconciler, stop)
         finally:
             await driver.close()
 
 
 async def _serve(settings: Settings, where: Roots, reconciler: Reconciler, stop: asyncio.Future[int]) -> int:
-    from migplugin.kubelet.manager import Manager  # noqa: PLC0415  grpc is imported while the driver is asked
+    if not await _unless(stop, reconciler.first()):
+        return stop.result()
+    if settings.fail_on_init_error and reconciler.world.driver_failed is not None:
+        reason = reconciler.world.driver_error
+        log.error("no driver, and --fail-on-init-error asks to exit", extra={"reason": reason})
+        return NO_DRIVER
+    from migplugin.kubelet.manager import Manager  # noqa: PLC0415  with it gRPC, which status does not need
+
+    _collect_garbage_again()
 
     def more_than_one_gpu() -> bool:
         # By what the node could offer, not by today's geometry: options are fixed at registration.
@@ -141,12 +146,14 @@ async def _serve(settings: Settings, where: Roots, reconciler: Reconciler, stop:
     return stop.result()
 
 
-async def status(settings: Settings) -> Status:
+async def status(settings: Settings) -> "Status":
     """What this node looks like from outside the agent: opens NVML itself and decides once.
 
     Raises InputError or SimulatorError for a simulation that cannot be made, and never DriverError: a
     driver that does not answer is part of the status.
     """
+    from migplugin.core.status import status as describe  # noqa: PLC0415
+
     with roots(settings) as where:
         driver = _driver(settings, where, on_geometry=lambda: None, on_fault=lambda: None)
         reconciler = Reconciler(driver, _usage(settings), _options(settings), Pace())
@@ -183,13 +190,10 @@ def _options(settings: Settings) -> Options:
     return Options(Strategy(settings.mig_strategy), settings.removal_delay, settings.driver_grace)
 
 
-async def _missing_driver(driver: Driver) -> str:
-    """Why there is no driver, or ""."""
-    try:
-        await driver.look()
-    except DriverError as exc:
-        return str(exc)
-    return ""
+def _collect_garbage_again() -> None:
+    """Off since the start. What is there now stays, and need not be looked through ever again."""
+    gc.freeze()
+    gc.enable()
 
 
 def _stop_on_signals() -> asyncio.Future[int]:

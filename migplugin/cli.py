@@ -6,7 +6,6 @@ start fast, and `--help` faster.
 
 import asyncio
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -91,6 +90,8 @@ def status(output: str, no_color: bool, **flags: str | None) -> None:
 
         click.echo(msgspec.json.format(msgspec.json.encode(shown), indent=2).decode())
         return
+    import shutil  # noqa: PLC0415
+
     from migplugin.core.picture import draw  # noqa: PLC0415
 
     color = sys.stdout.isatty() and not no_color and not os.environ.get("NO_COLOR")

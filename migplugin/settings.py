@@ -4,7 +4,6 @@ One table, `TABLE`, drives the flags, the environment, the types and the README.
 named like one of NVIDIA's plugin means the same as there (nvidia-device-plugin.md 1.1).
 """
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -278,5 +277,7 @@ def _or(names: tuple[str, ...]) -> str:
 
 
 def _nearest(text: str, allowed: tuple[str, ...]) -> str:
+    import difflib  # noqa: PLC0415  only where something is wrong
+
     near = difflib.get_close_matches(text, allowed, 1)
     return f"; did you mean {near[0]}?" if near else ""

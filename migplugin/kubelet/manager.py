@@ -36,6 +36,7 @@ REGISTER_TIMEOUT = 15.0  # the kubelet dials back for 10 s before it says why it
 LISTED_WITHIN = 5.0
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
 SETTLED_AFTER = 10.0  # a registration that held this long starts the pauses anew
+WATCH_WITHIN = 0.5
 LOOK_EVERY = 5.0  # inotify tells of a new kubelet at once; this is for the day when it does not
 STOP_WITHIN = 1.0
 
@@ -61,14 +62,13 @@ class Manager:
         self._stopping = asyncio.Event()
         self._tasks: dict[ResourceName, asyncio.Task[None]] = {}
         self._away = ""
+        self._registered = asyncio.Event()
         self._looked = asyncio.Event()
 
     async def run(self) -> None:
         """Serves until `stop`; afterwards all streams have ended and all our sockets are gone."""
         self._look()
-        watch = asyncio.ensure_future(
-            keep_running("fswatch", DirectoryWatch(self._socket.parent, self._look).run)
-        )
+        watch = asyncio.ensure_future(keep_running("fswatch", self._watch))
         try:
             version = -1
             while not self._stopping.is_set():
@@ -88,6 +88,11 @@ class Manager:
 
     def stop(self) -> None:
         self._stopping.set()
+
+    async def _watch(self) -> None:
+        # Importing watchdog takes as long as registering: first things first.
+        await asyncio.wait((asyncio.ensure_future(self._registered.wait()),), timeout=WATCH_WITHIN)
+        await DirectoryWatch(self._socket.parent, self._look).run()
 
     def _look(self) -> None:
         """Notices a new kubelet, and lets every resource look whether its own socket is still there."""
@@ -164,6 +169,7 @@ class Manager:
         try:
             await server.start()
             await self._register(server)
+            self._registered.set()
             log.info("registered", extra={"resource": resource, "socket": server.path.name})
             await self._stay(server, incarnation)
         finally:

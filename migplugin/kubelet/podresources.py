@@ -12,11 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
-import grpc.aio
 import msgspec
 
-from migplugin._proto.podresources.v1 import api_pb2, api_pb2_grpc
 from migplugin.core.decide import Key, Source, Usage
 from migplugin.core.inventory import DeviceId
 from migplugin.core.resource import ResourceName, is_ours
@@ -104,6 +101,11 @@ class UsageReader:
         """What pod-resources names, and by whom it is held; None where it does not answer."""
         if not self.pod_resources_socket.exists():
             return None
+        # Imported here because gRPC is most of what a short command would load.
+        import grpc.aio  # noqa: PLC0415
+
+        from migplugin._proto.podresources.v1 import api_pb2, api_pb2_grpc  # noqa: PLC0415
+
         options = (("grpc.default_authority", "localhost"), ("grpc.max_receive_message_length", MAX_BYTES))
         async with grpc.aio.insecure_channel(f"unix:{self.pod_resources_socket}", options=options) as channel:
             try:

@@ -11,7 +11,6 @@ import fcntl
 import logging
 import os
 import re
-import secrets
 import socket
 import stat
 from pathlib import Path
@@ -81,7 +80,7 @@ def new_socket_path(directory: Path, resource: str) -> Path:
     Raises KubeletError where it would not fit into a socket address.
     """
     suffix = resource.partition("/")[2] or resource
-    path = directory / f"migplugin-{suffix}-{secrets.token_hex(3)}.sock"
+    path = directory / f"migplugin-{suffix}-{os.urandom(3).hex()}.sock"
     if len(os.fsencode(path)) > SOCKET_PATH_LIMIT:
         raise KubeletError(
             f"{path}: {len(os.fsencode(path))} bytes are too long for a socket, at most {SOCKET_PATH_LIMIT}; "

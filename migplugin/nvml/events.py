@@ -1,6 +1,6 @@
 """The thread that waits for the driver to say something.
 
-It blocks in nvmlEventSetWait, a quarter of a second at a time, because a session must not end under a thread
+It blocks in nvmlEventSetWait, half a second at a time, because a session must not end under a thread
 that waits in it. It carries and does not decide: a change of geometry becomes a wake-up, an XID
 becomes a Fault in a mailbox that merges by scope. An error of the wait itself (a lost GPU repeats it at
 once, for ever) is a reason to look, and then to wait longer each time: never a spin.
@@ -21,7 +21,7 @@ from migplugin.nvml.binding import MIG_CONFIG_CHANGE, XID_CRITICAL, Handle
 
 log = logging.getLogger(__name__)
 
-WAIT_MS = 250
+WAIT_MS = 500
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 
 Scope = tuple[GpuUuid, int | None, int | None, int]
