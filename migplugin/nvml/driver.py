@@ -3,11 +3,12 @@
 A long-lived session may go on listing what was destroyed and not see what is new (nvml.md 3.2). So each
 look is compared with the driver's files, and where they disagree, or where an event said that something
 changed and nothing did, the session is ended, opened anew and read again: once. What a fresh session
-says is the truth, so a disagreement that stays is remembered and not asked about again. Where the files
-cannot be seen at all, a session is trusted for a minute.
+says is the truth, so a disagreement that stays is remembered and not asked about again. Where neither
+files nor events would tell that a session is stale, or a GPU is broken in it, it is trusted for a minute.
 
 The session never ends under the event thread: that is stopped first, and if it does not come back from
-NVML the old session is kept, since ending it then is undefined.
+NVML the old session is kept, since ending it then is undefined. Events are a help and no condition: a
+driver without them is looked at more often.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from migplugin.aio import Mailbox, OwnerThread
 from migplugin.core.decide import Fault
-from migplugin.core.inventory import GpuUuid, Inventory
+from migplugin.core.inventory import GpuUuid, Inventory, MigDevice
 from migplugin.errors import DriverError, DriverTimeout
 from migplugin.nvml import binding
 from migplugin.nvml.events import EventThread, Registration, Scope, merge
@@ -48,11 +49,11 @@ class Driver:
         self._library = library
         self._search = search
         self._deadline = deadline
-        self._on_geometry = on_geometry
-        self._on_fault = on_fault
+        self._geometry_bell = _Bell(on_geometry)
+        self._fault_bell = _Bell(on_fault)
         self._faults: Mailbox[Scope, Fault] = Mailbox(merge)
         self._owner = OwnerThread("nvml")
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended = False
         # From here on everything belongs to the owner thread.
         self._snapshots = Snapshots(proc_root, sysfs_root, dev_root)
         self._loaded = False
@@ -62,11 +63,16 @@ class Driver:
         self._last: Inventory | None = None
         self._known: frozenset[tuple[GpuUuid, int, int]] = frozenset()
         self._tells_geometry = False
+        self._given_up = False
+        self._told_deaf = False
 
     @property
     def events_work(self) -> bool:
-        """Whether the driver tells of every change of geometry on every GPU that has MIG."""
-        return self._tells_geometry
+        """Whether the driver tells of every change of geometry on every GPU that has MIG, and no GPU is
+        broken: such a one tells nothing, not even that it is back.
+        """
+        events = self._events
+        return self._tells_geometry and events is not None and events.works
 
     def faults(self) -> tuple[Fault, ...]:
         """The XIDs since the last call, merged by scope, oldest first."""
@@ -78,7 +84,9 @@ class Driver:
         Raises LibraryMissing, DriverNotReady or another DriverError where the driver as a whole does
         not answer, DriverTimeout where a call does not come back before the deadline.
         """
-        self._loop = asyncio.get_running_loop()
+        if self._ended:
+            raise DriverError("the driver was closed, nobody looks at it any more")
+        self._geometry_bell.loop = self._fault_bell.loop = asyncio.get_running_loop()
         try:
             return await self._owner.call(lambda: self._look(suspect=suspect), self._deadline)
         except TimeoutError as exc:
@@ -86,6 +94,11 @@ class Driver:
 
     async def close(self) -> None:
         """Ends the session, or gives up on it within a second where the driver hangs."""
+        if self._ended:
+            return
+        self._ended = True
+        if self._events is not None:
+            self._events.ask_to_stop()
         try:
             await self._owner.call(self._close, CLOSE_WITHIN)
         except (TimeoutError, DriverError) as exc:
@@ -93,36 +106,59 @@ class Driver:
         self._owner.close()
 
     def _look(self, *, suspect: bool) -> Inventory:
+        complete = False
+        try:
+            inventory = self._read(suspect=suspect)
+            complete = not self._ended
+        finally:
+            # Whatever is wrong with the driver as a whole, the next look begins with a new session. And a
+            # look that hung until after the end has nobody left who would end its session.
+            if not complete:
+                self._close()
+        return inventory
+
+    def _read(self, *, suspect: bool) -> Inventory:
         opened = self._opened_at is None
         if opened:
             self._open()
-        try:
-            look = self._snapshots.take()
-        except DriverError:
-            # Whatever is wrong with the driver as a whole, the next look begins with a new session.
-            self._close()
-            raise
+        look = self._snapshots.take()
         if not opened and (why := self._doubt(look, suspect=suspect)) and self._close():
             log.debug("NVML session opened anew", extra={"reason": why})
+            self._last = look.inventory
             self._open()
             look = self._snapshots.take()
             opened = True
         if opened:
             self._known = look.disagreements
+        if self._register(look.inventory):
+            # What happened between that look and now was told to nobody.
+            look = self._snapshots.take()
         self._known &= look.disagreements
         self._last = look.inventory
-        self._register(look.inventory)
         return look.inventory
 
     def _doubt(self, look: Look, *, suspect: bool) -> str:
         """Why the session may be telling old news, or ""."""
+        events = self._events
+        if events is not None and not events.alive:
+            return "its event thread had to be given up"
+        if self._given_up:
+            return ""
         if look.disagreements - self._known:
-            return "the listed MIG devices and their files disagree"
-        if suspect and look.inventory == self._last:
+            return "what is listed and the files disagree"
+        # Devices only: a stale session may list GPU instances of the present with devices of the past.
+        if suspect and self._last is not None and _devices(look.inventory) == _devices(self._last):
             return "an event told of a change that this session does not show"
+        broken = {gpu.uuid for gpu in look.inventory.broken if gpu.uuid is not None}
+        registered = self._registration
+        heard = registered is not None and any(registered.hears(gpu) for gpu in broken)
+        if heard and events is not None and events.failing:
+            return "a broken GPU keeps the events of the others away"
         age = time.monotonic() - (self._opened_at or 0.0)
-        if look.hidden and not suspect and age > UNSEEN_SESSION_TRUSTED:
-            return "its MIG devices cannot be checked against files"
+        mig = any(gpu.mig_enabled for gpu in look.inventory.gpus)
+        unsure = look.hidden or bool(look.inventory.broken) or (mig and not self.events_work)
+        if unsure and not suspect and age > UNSEEN_SESSION_TRUSTED:
+            return "nothing would tell that it is stale"
         return ""
 
     def _open(self) -> None:
@@ -133,39 +169,61 @@ class Driver:
         self._opened_at = time.monotonic()
         self._snapshots.forget()
         # Before the first look: an event in between costs a second look, never a miss.
-        self._registration = Registration()
+        try:
+            self._registration = Registration()
+        except DriverError as exc:
+            if not self._told_deaf:
+                self._told_deaf = True
+                log.warning("the driver has no events, looking now and then", extra={"reason": str(exc)})
+            return
+        # A broken GPU can make every wait fail, also for the others: it is added when it answers again.
+        broken = {gpu.index for gpu in self._last.broken} if self._last is not None else set()
         for index in range(binding.gpu_count()):
-            self._add(index)
-        self._events = EventThread(
-            self._registration,
-            self._faults,
-            lambda: self._tell(self._on_geometry),
-            lambda: self._tell(self._on_fault),
-        )
+            if index not in broken:
+                self._add(self._registration, index)
+        self._events = EventThread(self._registration, self._faults, self._geometry_bell, self._fault_bell)
         self._events.start()
 
-    def _add(self, index: int) -> None:
-        assert self._registration is not None
+    @staticmethod
+    def _add(registration: Registration, index: int) -> bool:
+        """Whether there is more to be heard now."""
         try:
             handle = binding.gpu(index)
-            self._registration.add(handle, GpuUuid(binding.uuid(handle)))
+            return registration.add(handle, GpuUuid(binding.uuid(handle)))
         except DriverError as exc:
             log.debug("no events of this GPU", extra={"gpu": index, "reason": str(exc)})
+            return False
 
-    def _register(self, inventory: Inventory) -> None:
-        """Some drivers send changes of geometry only once MIG is on; ask again where they did not."""
-        assert self._registration is not None
-        capable = {gpu.uuid: gpu.index for gpu in inventory.gpus if gpu.mig_enabled is not None}
-        for uuid, index in capable.items():
-            if not self._registration.tells_geometry_of({uuid}):
-                self._add(index)
-        self._tells_geometry = self._registration.tells_geometry_of(set(capable))
+    def _register(self, inventory: Inventory) -> bool:
+        """Some drivers send changes of geometry only once MIG is on, and some GPUs come back: ask again.
+
+        Whether there is more to be heard now.
+        """
+        registration = self._registration
+        if registration is None:
+            self._tells_geometry = False
+            return False
+        more = False
+        for gpu in inventory.gpus:
+            complete = gpu.mig_enabled is None or registration.tells_geometry_of({gpu.uuid})
+            if not (complete and registration.hears(gpu.uuid)):
+                more = self._add(registration, gpu.index) or more
+        capable = {gpu.uuid for gpu in inventory.gpus if gpu.mig_enabled is not None}
+        self._tells_geometry = registration.tells_geometry_of(capable) and not inventory.broken
+        return more
 
     def _close(self) -> bool:
         """Whether there is no session any more."""
-        if self._events is not None and not self._events.stop():
-            log.warning("the event thread does not come back from NVML, the session stays as it is")
+        events = self._events
+        # One that did not come back the last time is not waited for again.
+        if events is not None and events.alive and (self._given_up or not events.stop()):
+            if not self._given_up:
+                log.warning("the event thread does not come back from NVML, the session stays as it is")
+            self._given_up = True
             return False
+        if events is not None:
+            events.carry_rest()
+        self._given_up = False
         self._events = None
         for end in (self._registration.free if self._registration else None, binding.shutdown):
             if end is not None and self._opened_at is not None:
@@ -177,9 +235,29 @@ class Driver:
         self._opened_at = None
         return True
 
-    def _tell(self, callback: Callable[[], None]) -> None:
-        assert self._loop is not None
+
+class _Bell:
+    """Calls `callback` on the loop, once for all rings that come before it gets there. Any thread rings."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self._callback = callback
+        self._rung = False
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def __call__(self) -> None:
+        if self._rung or self.loop is None:
+            return
+        self._rung = True
         try:
-            self._loop.call_soon_threadsafe(callback)
+            self.loop.call_soon_threadsafe(self._answer)
         except RuntimeError:
             log.debug("an event came after the end")
+
+    def _answer(self) -> None:
+        # First: a ring from now on may be about something that the callback does not see any more.
+        self._rung = False
+        self._callback()
+
+
+def _devices(inventory: Inventory) -> frozenset[MigDevice]:
+    return frozenset(device for _, device in inventory.devices())

@@ -1,15 +1,17 @@
 """The thread that waits for the driver to say something.
 
-It blocks in nvmlEventSetWait, half a second at a time, because a session must not end under a thread
-that waits in it. It carries and does not decide: a change of geometry becomes a wake-up, an XID
-becomes a Fault in a mailbox that merges by scope. An error of the wait itself (a lost GPU repeats it at
-once, for ever) is a reason to look, and then to wait longer each time: never a spin.
+It blocks in nvmlEventSetWait, a quarter of a second at a time, because a session must not end under a
+thread that waits in it; and shorter for a moment after each event, since what an event tells of may be a
+reason to end the session. It carries and does not decide: a change of geometry becomes a wake-up, an
+XID becomes a Fault in a mailbox that merges by scope. An error of the wait itself (a lost GPU repeats it
+at once, for ever) is a reason to look, and then to wait longer each time: never a spin.
 """
 
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from migplugin.aio import Mailbox
@@ -21,8 +23,11 @@ from migplugin.nvml.binding import MIG_CONFIG_CHANGE, XID_CRITICAL, Handle
 
 log = logging.getLogger(__name__)
 
-WAIT_MS = 500
+WAIT_MS = 250
+LIVELY_WAIT_MS, LIVELY_FOR = 50, 1.0
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
+GIVE_UP_AFTER = 2.0
+MOST_LEFT_OVER = 10_000
 
 Scope = tuple[GpuUuid, int | None, int | None, int]
 
@@ -39,16 +44,25 @@ class Registration:
         self.gpus: dict[int, GpuUuid] = {}
         self._geometry: set[GpuUuid] = set()
 
-    def add(self, handle: Handle, uuid: GpuUuid) -> None:
-        """Registers what is not registered yet; call it again when a GPU may have more to say."""
-        if binding.address(handle) not in self.gpus:
-            binding.register(handle, XID_CRITICAL, self.events)
+    def add(self, handle: Handle, uuid: GpuUuid) -> bool:
+        """Registers what is not registered yet; call it again when a GPU may have more to say.
+
+        Whether there is now more to be heard than before.
+        """
+        more = False
+        if not self.hears(uuid):
+            more = binding.register(handle, XID_CRITICAL, self.events)
             self.gpus[binding.address(handle)] = uuid
         if uuid not in self._geometry and binding.register(handle, MIG_CONFIG_CHANGE, self.events):
             self._geometry.add(uuid)
+            more = True
+        return more
 
-    def tells_geometry_of(self, uuids: set[GpuUuid]) -> bool:
-        return uuids <= self._geometry
+    def hears(self, gpu: GpuUuid) -> bool:
+        return gpu in self.gpus.values()
+
+    def tells_geometry_of(self, gpus: AbstractSet[GpuUuid]) -> bool:
+        return gpus <= self._geometry
 
     def free(self) -> None:
         binding.free_event_set(self.events)
@@ -71,30 +85,57 @@ class EventThread:
         self._on_fault = on_fault
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="nvml-events", daemon=True)
+        self.failing = False
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def works(self) -> bool:
+        """Whether what the driver says would be heard."""
+        return self.alive and not self.failing and not self._stop.is_set()
 
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self, timeout: float = 2.0) -> bool:
+    def ask_to_stop(self) -> None:
+        self._stop.set()
+
+    def stop(self) -> bool:
         """Whether the thread has left NVML; where not, the session must not be ended."""
         self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout)
-        return not self._thread.is_alive()
+        self._thread.join(GIVE_UP_AFTER)
+        return not self.alive
+
+    def carry_rest(self) -> None:
+        """What came after the thread had left and before the set is freed: an XID is told only once."""
+        try:
+            for _ in range(MOST_LEFT_OVER):
+                event = binding.wait(self._events, 0)
+                if event is None:
+                    return
+                self._carry(event)
+        except DriverError as exc:
+            log.debug("what was left of the events is lost", extra={"reason": str(exc)})
 
     def _run(self) -> None:
-        pause = 0.0
+        pause = lively_until = 0.0
         while not self._stop.wait(pause):
+            lively = time.monotonic() < lively_until
             try:
-                event = binding.wait(self._events, WAIT_MS)
+                event = binding.wait(self._events, min(LIVELY_WAIT_MS, WAIT_MS) if lively else WAIT_MS)
             except DriverError as exc:
-                if not pause:
+                if not self.failing:
+                    self.failing = True
                     log.warning("waiting for events failed, will try again", extra={"reason": str(exc)})
                     self._on_geometry()
                 pause = min(max(2 * pause, SHORTEST_PAUSE), LONGEST_PAUSE)
                 continue
+            self.failing = False
             pause = 0.0
             if event is not None:
+                lively_until = time.monotonic() + LIVELY_FOR
                 self._carry(event)
 
     def _carry(self, event: binding.Event) -> None:

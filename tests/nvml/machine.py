@@ -150,6 +150,7 @@ class Machine:
 def machine(node: str = A100, **switches: Any) -> Iterator[Machine]:
     """A node made from a spec. The caller is an admin unless the switches say otherwise."""
     built = spec.build(node, switches=Switches(**{"privilege": "admin", **switches}))
+    before = set(threading.enumerate())
     parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"
     with tempfile.TemporaryDirectory(dir=parent, prefix="nvml-") as directory:
         store = Store(directory)
@@ -159,7 +160,7 @@ def machine(node: str = A100, **switches: Any) -> Iterator[Machine]:
         finally:
             with store.change() as there:
                 there.switches.hang = []
-            for thread in threading.enumerate():
+            for thread in set(threading.enumerate()) - before:
                 if thread.name.startswith("nvml"):
                     thread.join(5)
                     assert not thread.is_alive(), f"{thread.name} is left behind"
@@ -174,6 +175,9 @@ class Watched:
     geometry: asyncio.Event = field(default_factory=asyncio.Event)
     fault: asyncio.Event = field(default_factory=asyncio.Event)
     told: Counter[str] = field(default_factory=Counter)
+
+    def hears(self) -> bool:
+        return self.driver.events_work
 
     async def changed(self) -> Inventory:
         """What a look shows after the driver has told of a change."""
@@ -227,3 +231,10 @@ def only_gpu(look: Look) -> Gpu:
     assert not look.inventory.broken
     (gpu,) = look.inventory.gpus
     return gpu
+
+
+async def until(claim: Callable[[], object]) -> None:
+    """Returns once `claim` holds: of what other threads do, which tell no loop."""
+    async with asyncio.timeout(10):
+        while not claim():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
