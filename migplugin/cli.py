@@ -43,7 +43,7 @@ def cli() -> None:
 def _options(command: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for setting in reversed(TABLE):
-            if command in setting.commands:
+            if command in setting.commands and setting.has_flag:
                 function = _option(setting)(function)
         return function
 

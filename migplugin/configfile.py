@@ -7,12 +7,12 @@ served all the same. A wrong type is an error: then nothing of the file is taken
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from migplugin.core.document import Document
 from migplugin.errors import InputError
 
 MAX_BYTES = 1 << 20  # a ConfigMap cannot be larger
@@ -65,21 +65,11 @@ SHAPE: Mapping[str, Any] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """What a file says: `values` by dotted path (`flags.migStrategy`), the two lists that are more than
-    values, and `findings`, one sentence for each thing in it that is not understood.
+def read(path: Path, ours: tuple[str, ...] = ()) -> Document:
+    """The document at `path`, which may have the keys `ours` below `migplugin`.
+
+    Raises InputError where it cannot be read or is no such document.
     """
-
-    source: str = ""
-    values: Mapping[str, Any] = field(default_factory=dict)
-    resources: Mapping[str, Any] = field(default_factory=dict)
-    sharing: Mapping[str, Any] = field(default_factory=dict)
-    findings: tuple[str, ...] = ()
-
-
-def read(path: Path) -> Document:
-    """The document at `path`. Raises InputError where it cannot be read or is no such document."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -87,11 +77,12 @@ def read(path: Path) -> Document:
         raise InputError(f"--config-file={path}: {(exc.strerror or str(exc)).lower()}") from exc
     if len(content) > MAX_BYTES:
         raise InputError(f"--config-file={path}: larger than {MAX_BYTES} bytes")
-    return parse(content, str(path))
+    return parse(content, str(path), ours)
 
 
-def parse(content: bytes, source: str) -> Document:
+def parse(content: bytes, source: str, ours: tuple[str, ...] = ()) -> Document:
     """The document in `content`. Raises InputError."""
+    shape = {**SHAPE, "migplugin": dict.fromkeys(ours)}
     try:
         node = yaml.compose(content.decode(), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as exc:
@@ -102,11 +93,12 @@ def parse(content: bytes, source: str) -> Document:
         plain = {}
     if not isinstance(plain, dict):
         raise InputError(f"{source}: expected a mapping at the top, not {type(plain).__name__}")
-    if (version := plain.get("version", "v1")) not in {"v1", "", None}:
+    if (version := plain.get("version", "v1")) not in ("v1", "", None):
         raise InputError(f"{source}: version: {version!r}: expected v1")
-    _compare(plain, SHAPE, "", findings, source)
+    _compare(plain, shape, "", findings, source)
     values: dict[str, Any] = {}
-    _flatten({key: plain.get(key) for key in ("flags", "imex")}, "", values)
+    for key in ("flags", "imex", "migplugin"):
+        _flatten(plain.get(key), shape[key], key, values)
     return Document(source, values, plain.get("resources") or {}, plain.get("sharing") or {}, tuple(findings))
 
 
@@ -156,12 +148,16 @@ def _compare(found: Any, shape: Any, path: str, findings: list[str], source: str
         findings.append(f"{source}: {_join(path, key)}: {_short(value)}: unknown key, ignored{hint}")
 
 
-def _flatten(tree: Mapping[str, Any], path: str, into: dict[str, Any]) -> None:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            _flatten(value, _join(path, key), into)
-        elif value is not None:
-            into[_join(path, key)] = value
+def _flatten(found: Any, shape: Any, path: str, into: dict[str, Any]) -> None:
+    """The values at the ends of `shape`, whatever their type, by their path; null is not given."""
+    if found is None:
+        return
+    if shape is None:
+        into[path] = found
+        return
+    for key, value in found.items():
+        if key in shape:
+            _flatten(value, shape[key], _join(path, key), into)
 
 
 def _join(path: str, key: str) -> str:

@@ -1,15 +1,16 @@
-"""What can be set, and where from: flag > environment > default.
+"""What can be set, and where from: flag > environment > configuration file > default.
 
-One table, `TABLE`, drives the flags, the environment, the types and the README. A setting that is
+One table, `TABLE`, drives the flags, the environment, the file's keys, the types and the README. A setting that is
 named like one of NVIDIA's plugin means the same as there (nvidia-device-plugin.md 1.1).
 """
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from migplugin.core.document import Document
 from migplugin.errors import InputError
 
 SERVE, STATUS = "serve", "status"
@@ -20,15 +21,32 @@ _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Times in seconds."""
+    """Times in seconds. `sources` says where each value came from, `findings` what was not understood."""
 
     mig_strategy: str
     fail_on_init_error: bool | None
+    device_discovery_strategy: str
     device_list_strategy: tuple[str, ...]
+    device_id_strategy: str
     pass_device_specs: bool
+    shared_devices_allocation_policy: str
     driver_root: str
     dev_root: str
     driver_root_ctr_path: Path
+    cdi_root: Path
+    cdi_annotation_prefix: str
+    nvidia_cdi_hook_path: str
+    cdi_feature_flags: tuple[str, ...]
+    cdi_disable_hooks: tuple[str, ...]
+    gdrcopy_enabled: bool
+    gds_enabled: bool
+    mofed_enabled: bool
+    mps_root: str
+    imex_channel_ids: tuple[str, ...]
+    imex_required: bool
+    resource_domain: str
+    disable_healthchecks: str
+    enable_healthchecks: str
     kubelet_socket: Path
     pod_resources_socket: Path
     poll_interval: float | None
@@ -38,8 +56,12 @@ class Settings:
     proc_root: Path
     sysfs_root: Path
     simulate: str
+    config_file: str
+    strict_config: bool
     log_format: str
     log_level: str
+    document: Document = field(default_factory=Document)
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def host_dev_root(self) -> str:
@@ -49,16 +71,22 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One row of the table. `default` is written as a person would; "" stands for unset."""
+    """One row of the table. `default` is written as a person would; "" stands for unset.
+
+    `key` is where the configuration file has it: NVIDIA's own path, or below `migplugin`.
+    """
 
     name: str
     env: tuple[str, ...]
+    key: str
     default: str
     parse: Callable[[str], Any]
     metavar: str
     help: str
     aliases: tuple[str, ...] = ()
     commands: frozenset[str] = frozenset({SERVE})
+    has_flag: bool = True
+    kind: type = str
 
     @property
     def flag(self) -> str:
@@ -67,7 +95,7 @@ class Setting:
     @property
     def is_switch(self) -> bool:
         """Whether the flag may stand alone, meaning true."""
-        return self.parse in {parse_bool, parse_optional_bool}
+        return self.kind is bool
 
 
 def parse_bool(text: str) -> bool:
@@ -147,128 +175,320 @@ def parse_root(text: str) -> str:
     return text
 
 
+def parse_list(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parse_discovery(text: str) -> str:
+    if text == "tegra":
+        raise ValueError("Tegra has no MIG and no NVML to serve it by; expected auto or nvml")
+    return one_of("auto", "nvml")(text)
+
+
+def parse_imex(text: str) -> tuple[str, ...]:
+    channels = parse_list(text.strip("[]"))
+    if channels:
+        raise ValueError("IMEX channels are not served here, expected none; NVIDIA's DRA driver has them")
+    return channels
+
+
+def parse_domain(text: str) -> str:
+    if len(text) > 253 or not _DOMAIN.fullmatch(text):
+        raise ValueError('expected a domain in lower case such as "nvidia.com"')
+    if text == "kubernetes.io" or text.endswith(".kubernetes.io"):
+        raise ValueError("the kubelet refuses resources below kubernetes.io")
+    return text
+
+
+_DOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+_LIST_STRATEGIES = ("envvar", "volume-mounts", "cdi-annotations", "cdi-cri")
 _BOTH = frozenset({SERVE, STATUS})
+_PLUGIN = "flags.plugin."
+_OURS = "migplugin."
 
 TABLE: tuple[Setting, ...] = (
     Setting(
-        "mig_strategy", ("MIG_STRATEGY",), "mixed", one_of("none", "single", "mixed"), "STRATEGY",
+        "mig_strategy", ("MIG_STRATEGY",), "flags.migStrategy", "mixed", one_of("none", "single", "mixed"), "STRATEGY",
         "Which resources MIG devices become: `mixed` offers `nvidia.com/mig-<profile>` for each profile and "
         "`nvidia.com/gpu` for GPUs with MIG off, `single` offers MIG devices of one profile as `nvidia.com/gpu`, "
         "`none` offers whole GPUs only.",
         commands=_BOTH,
     ),
     Setting(
-        "fail_on_init_error", ("FAIL_ON_INIT_ERROR",), "", parse_optional_bool, "BOOL",
+        "fail_on_init_error", ("FAIL_ON_INIT_ERROR",), "flags.failOnInitError", "", parse_optional_bool, "BOOL",
         "Exit with code 3 when NVML or its driver is not there at start. Unset or false: wait until it is.",
+        kind=bool,
     ),
     Setting(
-        "device_list_strategy", ("DEVICE_LIST_STRATEGY",), "envvar", some_of("envvar", "volume-mounts"), "LIST",
+        "device_discovery_strategy", ("DEVICE_DISCOVERY_STRATEGY",), "flags.deviceDiscoveryStrategy", "auto",
+        parse_discovery, "STRATEGY",
+        "How devices are found; there is one way here, `auto` and `nvml` both mean it.",
+    ),
+    Setting(
+        "device_list_strategy", ("DEVICE_LIST_STRATEGY",), _PLUGIN + "deviceListStrategy", "envvar",
+        some_of(*_LIST_STRATEGIES), "LIST",
         "How a container is told its devices: `envvar` sets `NVIDIA_VISIBLE_DEVICES`, `volume-mounts` mounts one "
-        "file for each; several separated by commas.",
+        "file for each, `cdi-annotations` and `cdi-cri` name them by CDI; several separated by commas.",
+        kind=list,
     ),
     Setting(
-        "pass_device_specs", ("PASS_DEVICE_SPECS",), "false", parse_bool, "BOOL",
+        "device_id_strategy", ("DEVICE_ID_STRATEGY",), _PLUGIN + "deviceIDStrategy", "uuid", one_of("uuid", "index"),
+        "STRATEGY",
+        "What a container is told of each device: its `uuid` or its `index`. After a re-carve an index is another "
+        "pod's MIG device, so `index` warns at start.",
+    ),
+    Setting(
+        "pass_device_specs", ("PASS_DEVICE_SPECS",), _PLUGIN + "passDeviceSpecs", "false", parse_bool, "BOOL",
         "Also name the device nodes to the kubelet, for containers that run without the NVIDIA runtime.",
+        kind=bool,
     ),
     Setting(
-        "driver_root", ("NVIDIA_DRIVER_ROOT",), "/", parse_root, "PATH",
+        "shared_devices_allocation_policy", ("SHARED_DEVICES_ALLOCATION_POLICY",),
+        _PLUGIN + "sharedDevicesAllocationPolicy", "", one_of("", "packed", "distributed"), "POLICY",
+        "Which devices we would rather see taken: `packed` on the fewest GPUs, or `distributed`. Unset: MIG devices "
+        "are packed, time-slicing replicas distributed.",
+    ),
+    Setting(
+        "driver_root", ("NVIDIA_DRIVER_ROOT",), "flags.nvidiaDriverRoot", "/", parse_root, "PATH",
         "The host's directory under which the NVIDIA driver is installed.",
-        aliases=("--nvidia-driver-root",),
+        aliases=("--nvidia-driver-root",), commands=_BOTH,
     ),
     Setting(
-        "dev_root", ("NVIDIA_DEV_ROOT",), "", parse_root, "PATH",
+        "dev_root", ("NVIDIA_DEV_ROOT",), "flags.nvidiaDevRoot", "", parse_root, "PATH",
         "The host's directory that contains `dev/`; unset: the driver root.",
         aliases=("--nvidia-dev-root",), commands=_BOTH,
     ),
     Setting(
-        "driver_root_ctr_path", ("DRIVER_ROOT_CTR_PATH", "CONTAINER_DRIVER_ROOT"), "/driver-root", parse_path, "PATH",
+        "driver_root_ctr_path", ("DRIVER_ROOT_CTR_PATH", "CONTAINER_DRIVER_ROOT"), _PLUGIN + "containerDriverRoot",
+        "/driver-root", parse_path, "PATH",
         "Where the driver root is mounted for us; `libnvidia-ml.so.1` is looked for there first.",
         aliases=("--container-driver-root",), commands=_BOTH,
     ),
     Setting(
-        "kubelet_socket", ("KUBELET_SOCKET",), "/var/lib/kubelet/device-plugins/kubelet.sock", parse_path, "PATH",
+        "cdi_root", ("MIGPLUGIN_CDI_ROOT",), _OURS + "cdiRoot", "/var/run/cdi", parse_path, "PATH",
+        "Where the CDI document of this node is written, if a `cdi-` strategy is on.",
+        commands=_BOTH,
+    ),
+    Setting(
+        "cdi_annotation_prefix", ("CDI_ANNOTATION_PREFIX",), _PLUGIN + "cdiAnnotationPrefix", "cdi.k8s.io/", str, "TEXT",
+        "What the keys of CDI annotations begin with.",
+    ),
+    Setting(
+        "nvidia_cdi_hook_path", ("NVIDIA_CDI_HOOK_PATH", "NVIDIA_CTK_PATH"), _PLUGIN + "nvidiaCTKPath",
+        "/usr/bin/nvidia-ctk", parse_root, "PATH",
+        "The host's nvidia-cdi-hook or nvidia-ctk, which the hooks of the CDI document call.",
+        aliases=("--nvidia-ctk-path",), commands=_BOTH,
+    ),
+    Setting(
+        "cdi_feature_flags", ("CDI_FEATURE_FLAGS",), _OURS + "cdiFeatureFlags", "", parse_list, "LIST",
+        "Taken for NVIDIA's sake, without effect: they set how NVIDIA's library looks for files.",
+        kind=list,
+    ),
+    Setting(
+        "cdi_disable_hooks", ("CDI_DISABLE_HOOKS",), _OURS + "cdiDisableHooks", "", parse_list, "LIST",
+        "Names of hooks to leave out of the CDI document, or `all`.",
+        kind=list, commands=_BOTH,
+    ),
+    Setting(
+        "gdrcopy_enabled", ("GDRCOPY_ENABLED",), "flags.gdrcopyEnabled", "false", parse_bool, "BOOL",
+        "Ask the NVIDIA runtime for GDRCopy in each container.", kind=bool,
+    ),
+    Setting(
+        "gds_enabled", ("GDS_ENABLED",), "flags.gdsEnabled", "false", parse_bool, "BOOL",
+        "Ask the NVIDIA runtime for GPUDirect Storage in each container.", kind=bool,
+    ),
+    Setting(
+        "mofed_enabled", ("MOFED_ENABLED",), "flags.mofedEnabled", "false", parse_bool, "BOOL",
+        "Ask the NVIDIA runtime for MOFED in each container.", kind=bool,
+    ),
+    Setting(
+        "mps_root", ("MPS_ROOT",), "flags.mpsRoot", "", parse_root, "PATH",
+        "Taken for NVIDIA's sake, without effect: MPS is not possible on MIG devices.",
+    ),
+    Setting(
+        "imex_channel_ids", ("IMEX_CHANNEL_IDS",), "imex.channelIDs", "", parse_imex, "LIST",
+        "Must be empty: IMEX channels are not served here.", kind=list,
+    ),
+    Setting(
+        "imex_required", ("IMEX_REQUIRED",), "imex.required", "false", parse_bool, "BOOL",
+        "Taken for NVIDIA's sake, without effect, since there are no IMEX channels.", kind=bool,
+    ),
+    Setting(
+        "resource_domain", ("MIGPLUGIN_RESOURCE_DOMAIN",), _OURS + "resourceDomain", "nvidia.com", parse_domain, "DOMAIN",
+        "What stands before the slash of every resource name.",
+        commands=_BOTH,
+    ),
+    Setting(
+        "disable_healthchecks", ("DP_DISABLE_HEALTHCHECKS",), "", "", str, "LIST",
+        "Which health checks are off: `all`, `xids`, or XID numbers. Read, and used once health by XID is here.",
+        has_flag=False,
+    ),
+    Setting(
+        "enable_healthchecks", ("DP_ENABLE_HEALTHCHECKS",), "", "", str, "LIST",
+        "Which XIDs count although they are off otherwise. Read, and used once health by XID is here.",
+        has_flag=False,
+    ),
+    Setting(
+        "kubelet_socket", ("KUBELET_SOCKET",), "", "/var/lib/kubelet/device-plugins/kubelet.sock", parse_path, "PATH",
         "The kubelet's registration socket; its directory is where our sockets and the node lock go.",
         commands=_BOTH,
     ),
     Setting(
-        "pod_resources_socket", ("MIGPLUGIN_POD_RESOURCES_SOCKET",), "/var/lib/kubelet/pod-resources/kubelet.sock", parse_path,
-        "PATH",
+        "pod_resources_socket", ("MIGPLUGIN_POD_RESOURCES_SOCKET",), "",
+        "/var/lib/kubelet/pod-resources/kubelet.sock", parse_path, "PATH",
         "The kubelet's pod-resources socket, which tells who holds which device. Need not be mounted.",
         commands=_BOTH,
     ),
     Setting(
-        "poll_interval", ("MIGPLUGIN_POLL_INTERVAL",), "", parse_interval, "DURATION",
+        "poll_interval", ("MIGPLUGIN_POLL_INTERVAL",), _OURS + "pollInterval", "", parse_interval, "DURATION",
         "How often the driver is asked for changes without being told; unset: 60s where it tells of them by "
         "itself, 5s where it does not.",
+        kind=float,
     ),
     Setting(
-        "removal_delay", ("MIGPLUGIN_REMOVAL_DELAY",), "60s", parse_duration, "DURATION",
+        "removal_delay", ("MIGPLUGIN_REMOVAL_DELAY",), _OURS + "removalDelay", "60s", parse_duration, "DURATION",
         "How long a device that is gone stays listed as Unhealthy, at least. Shorter than the default is for "
         "demos and tests: a kubelet that is just allocating a device crashes when it leaves the list.",
+        kind=float,
     ),
     Setting(
-        "driver_grace", ("MIGPLUGIN_DRIVER_GRACE",), "60s", parse_duration, "DURATION",
+        "driver_grace", ("MIGPLUGIN_DRIVER_GRACE",), _OURS + "driverGrace", "60s", parse_duration, "DURATION",
         "How long devices stay Healthy while the driver as a whole does not answer.",
+        kind=float,
     ),
     Setting(
-        "nvml_timeout", ("MIGPLUGIN_NVML_TIMEOUT",), "15s", parse_timeout, "DURATION",
+        "nvml_timeout", ("MIGPLUGIN_NVML_TIMEOUT",), _OURS + "nvmlTimeout", "15s", parse_timeout, "DURATION",
         "How long one look at the driver may take before it counts as not answering.",
-        commands=_BOTH,
+        commands=_BOTH, kind=float,
     ),
     Setting(
-        "proc_root", ("MIGPLUGIN_PROC_ROOT",), "/proc", parse_path, "PATH",
+        "proc_root", ("MIGPLUGIN_PROC_ROOT",), "", "/proc", parse_path, "PATH",
         "Where the host's `/proc` is seen, for MIG capabilities.",
         commands=_BOTH,
     ),
     Setting(
-        "sysfs_root", ("MIGPLUGIN_SYSFS_ROOT",), "/sys", parse_path, "PATH",
+        "sysfs_root", ("MIGPLUGIN_SYSFS_ROOT",), "", "/sys", parse_path, "PATH",
         "Where the host's `/sys` is seen, for NUMA nodes.",
         commands=_BOTH,
     ),
     Setting(
-        "simulate", (), "", str, "SPEC|DIR",
+        "simulate", (), "", "", str, "SPEC|DIR",
         "Run on a simulated driver instead of a real one: a new node such as `1xa100-40gb=1g.5gb*7`, or a directory "
         "that `migplugin sim init` made. For trying and testing only.",
         commands=_BOTH,
     ),
     Setting(
-        "log_format", ("MIGPLUGIN_LOG_FORMAT",), "text", one_of("text", "json"), "FORMAT",
+        "config_file", ("CONFIG_FILE",), "", "", str, "PATH",
+        "A configuration file in NVIDIA's v1 format, YAML or JSON. It is followed: a change applies without a restart.",
+        commands=_BOTH,
+    ),
+    Setting(
+        "strict_config", ("MIGPLUGIN_STRICT_CONFIG",), "", "false", parse_bool, "BOOL",
+        "Take unknown and doubled keys of the configuration file for errors instead of warnings.",
+        kind=bool, commands=_BOTH,
+    ),
+    Setting(
+        "log_format", ("MIGPLUGIN_LOG_FORMAT",), "", "text", one_of("text", "json"), "FORMAT",
         "Log lines for people (`text`) or for machines (`json`).",
     ),
     Setting(
-        "log_level", ("MIGPLUGIN_LOG_LEVEL",), "info", one_of("debug", "info", "warning", "error"), "LEVEL",
+        "log_level", ("MIGPLUGIN_LOG_LEVEL",), _OURS + "logLevel", "info", one_of("debug", "info", "warning", "error"),
+        "LEVEL",
         "The least important lines to log.",
     ),
 )  # fmt: skip
 
 
 def resolve(flags: Mapping[str, str | None], env: Mapping[str, str]) -> Settings:
-    """Settings from what was given. `flags` maps names of `Setting` to texts, None where not given.
+    """Settings from what was given: flag > environment > file > default.
 
-    Raises InputError, naming the flag or variable, the value and what is allowed.
+    `flags` maps names of `Setting` to texts, None where not given. Raises InputError, naming the flag,
+    variable or key, the value and what is allowed.
     """
-    values = {}
+    document = _document(flags, env)
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
     for setting in TABLE:
-        source, text = setting.flag, flags.get(setting.name)
-        if text is None:
-            # As in NVIDIA's plugin, a variable that is set to nothing is not set.
-            source = next((name for name in setting.env if env.get(name)), "")
-            text = env[source] if source else setting.default
+        source, text = _given(setting, flags, env, document)
         try:
             values[setting.name] = setting.parse(text)
         except ValueError as exc:
             raise InputError(f"{source}={text[:200]}: {exc}") from exc
-    return Settings(**values)
+        sources[setting.name] = source
+    if values["strict_config"] and document.findings:
+        raise InputError("; ".join(document.findings))
+    return Settings(**values, document=document, sources=sources)
+
+
+def _given(
+    setting: Setting, flags: Mapping[str, str | None], env: Mapping[str, str], document: Document
+) -> tuple[str, str]:
+    """Where the value of a setting comes from, and its text."""
+    flag = flags.get(setting.name)
+    if flag is not None:
+        return setting.flag, flag
+    # As in NVIDIA's plugin, a variable that is set to nothing is not set.
+    for name in setting.env:
+        if env.get(name):
+            return name, env[name]
+    if setting.key in document.values:
+        return f"{document.source}: {setting.key}", _text(setting, document)
+    return "default", setting.default
+
+
+def _text(setting: Setting, document: Document) -> str:
+    """A value of the file as a flag would have it. Raises InputError where its type is wrong."""
+    value = document.values[setting.key]
+    if setting.kind is bool and isinstance(value, bool):
+        return "true" if value else "false"
+    if setting.kind is list and isinstance(value, list) and all(isinstance(v, str | int) for v in value):
+        return ",".join(map(str, value))
+    if setting.kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if setting.kind is not bool and isinstance(value, str):
+        return value
+    expected = {bool: "true or false", list: "text or a list", float: "a duration"}.get(setting.kind, "text")
+    raise InputError(f"{document.source}: {setting.key}: {value!r}: expected {expected}")
+
+
+def _document(flags: Mapping[str, str | None], env: Mapping[str, str]) -> Document:
+    path = flags.get("config_file") or env.get("CONFIG_FILE") or ""
+    if not path:
+        return Document()
+    from migplugin import configfile  # noqa: PLC0415  YAML is loaded where there is some
+
+    ours = tuple(setting.key.removeprefix(_OURS) for setting in TABLE if setting.key.startswith(_OURS))
+    document = configfile.read(Path(path), ours)
+    if (document.sharing.get("mps") or {}).get("resources"):
+        raise InputError(
+            f"{document.source}: sharing.mps: MPS is not possible on MIG devices and not served here; use timeSlicing"
+        )
+    return document
+
+
+def describe(settings: Settings) -> list[tuple[str, str, str]]:
+    """Every setting as (name, value, where it came from), in the order of the table."""
+    rows = []
+    for setting in TABLE:
+        value = getattr(settings, setting.name)
+        text = ",".join(value) if isinstance(value, tuple) else "" if value is None else str(value)
+        rows.append(
+            (setting.name, text.lower() if isinstance(value, bool) else text, settings.sources[setting.name])
+        )
+    return rows
 
 
 def markdown_table() -> str:
     """The settings as the README shows them."""
-    lines = ["| flag | environment | default | what it does |", "|---|---|---|---|"]
+    lines = ["| flag | environment | file | default | what it does |", "|---|---|---|---|---|"]
     for setting in TABLE:
-        flags = ", ".join(f"`{flag}`" for flag in (setting.flag, *setting.aliases))
+        flags = (
+            ", ".join(f"`{flag}`" for flag in (setting.flag, *setting.aliases)) if setting.has_flag else "-"
+        )
         envs = ", ".join(f"`{name}`" for name in setting.env) or "-"
+        key = f"`{setting.key}`" if setting.key else "-"
         default = f"`{setting.default}`" if setting.default else "unset"
-        lines.append(f"| {flags} | {envs} | {default} | {setting.help} |")
+        lines.append(f"| {flags} | {envs} | {key} | {default} | {setting.help} |")
     return "\n".join(lines) + "\n"
 
 

@@ -17,9 +17,10 @@ def configure(level: str, form: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # asyncio and watchdog speak of their own plumbing below WARNING.
-    for name in ("asyncio", "watchdog", "grpc"):
+    # Others speak of their own plumbing below WARNING.
+    for name in ("asyncio", "grpc"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
+    logging.getLogger("watchdog").setLevel(logging.CRITICAL)  # it reports its own stopping as an error
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:
