@@ -103,12 +103,14 @@ def _find(search: Path | None) -> ctypes.CDLL:
     unloadable = ""
     for directory in LIBRARY_DIRECTORIES if search is not None else ():
         path = (search or Path("/")) / directory / SONAME
-        if not path.exists():
-            continue
         try:
+            path.lstat()
             library = ctypes.CDLL(str(path))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
         except OSError as exc:
-            unloadable = unloadable or f"{path}: {exc}; "
+            # Also of a link that leads out of the mounted root, and of a directory that we may not enter.
+            unloadable = unloadable or f"{path} cannot be loaded ({exc}); "
             continue
         log.info("NVML library", extra={"path": str(path)})
         return library

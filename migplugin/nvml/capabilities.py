@@ -9,6 +9,7 @@ container the NVIDIA runtime may cover them with a tmpfs that shows no instances
 existed when it started; so what is not there is only not seen. The table says nothing about existence.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -59,7 +60,8 @@ class Capabilities:
 
 def control_nodes(dev_root: Path) -> tuple[str, ...]:
     """The control nodes that exist below `dev_root`, the directory that contains `dev/`."""
-    return tuple(node for node in CONTROL_NODES if (dev_root / node.lstrip("/")).exists())
+    # Not Path.exists, which raises where a directory may not be entered.
+    return tuple(node for node in CONTROL_NODES if os.path.exists(dev_root / node.lstrip("/")))  # noqa: PTH110
 
 
 def numa_node(sysfs_root: Path, pci_address: str) -> int | None:
