@@ -95,7 +95,7 @@ async def serve(settings: Settings) -> int:
             on_geometry=lambda: reconciler.geometry_changed(),  # noqa: PLW0108  made after the driver
             on_fault=lambda: reconciler.fault_arrived(),  # noqa: PLW0108
         )
-        reconciler = Reconciler(driver, _usage(settings), _options(settings), Pace(settings.poll_interval))
+        reconciler = Reconciler(driver, _usage(settings), options(settings), Pace(settings.poll_interval))
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reconciler.geometry_changed)
         try:
             return await _serve(settings, where, reconciler, stop)
@@ -156,7 +156,7 @@ async def status(settings: Settings) -> "Status":
 
     with roots(settings) as where:
         driver = _driver(settings, where, on_geometry=lambda: None, on_fault=lambda: None)
-        reconciler = Reconciler(driver, _usage(settings), _options(settings), Pace())
+        reconciler = Reconciler(driver, _usage(settings), options(settings), Pace())
         logging.getLogger("migplugin").setLevel(logging.CRITICAL)  # what it would log is what is printed
         try:
             await reconciler.first()
@@ -186,7 +186,8 @@ def _usage(settings: Settings) -> UsageReader:
     return UsageReader(settings.kubelet_socket.parent / CHECKPOINT_NAME, settings.pod_resources_socket)
 
 
-def _options(settings: Settings) -> Options:
+def options(settings: Settings) -> Options:
+    """What the decision is to go by. Raises InputError where a section of the file does not make sense."""
     return Options(Strategy(settings.mig_strategy), settings.removal_delay, settings.driver_grace)
 
 

@@ -14,7 +14,7 @@ import click
 
 from migplugin import __version__
 from migplugin.errors import InputError, MigpluginError
-from migplugin.settings import SERVE, STATUS, TABLE, Setting, resolve
+from migplugin.settings import SERVE, STATUS, TABLE, Setting, describe, resolve
 
 
 class _Lazy(click.Group):
@@ -57,6 +57,15 @@ def _option(setting: Setting) -> Callable[[Callable[..., Any]], Callable[..., An
     names = (setting.flag, *setting.aliases, setting.name)
     if setting.is_switch:
         return click.option(*names, is_flag=False, flag_value="true", metavar=setting.metavar, help=text)
+    if setting.kind is list:
+        # As in NVIDIA's plugin, several values stand behind one flag or behind several.
+        return click.option(
+            *names,
+            multiple=True,
+            metavar=setting.metavar,
+            help=text,
+            callback=lambda _, __, v: ",".join(v) if v else None,
+        )
     return click.option(*names, metavar=setting.metavar, help=text)
 
 
@@ -98,6 +107,37 @@ def status(output: str, no_color: bool, **flags: str | None) -> None:
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
     width = shutil.get_terminal_size((100, 24)).columns
     click.echo(draw(shown, width=width, color=color, unicode=unicode))
+
+
+@cli.command()
+@_options(SERVE)
+@click.option(
+    "--check", is_flag=True, help="Only say whether the configuration is sound; unknown keys are errors."
+)
+@click.option(
+    "-o", "--output", type=click.Choice(["table", "json"]), default="table", help="How to print it."
+)
+def config(check: bool, output: str, **flags: str | None) -> None:
+    """Show the settings that serve would have here, and where each comes from."""
+    from migplugin import app  # noqa: PLC0415
+
+    settings = resolve({**flags, "strict_config": "true"} if check else flags, os.environ)
+    app.options(settings)
+    if check:
+        click.echo(f"{settings.config_file or 'the configuration'} is sound")
+        return
+    rows = describe(settings)
+    if output == "json":
+        import json  # noqa: PLC0415
+
+        click.echo(
+            json.dumps({name: {"value": value, "from": source} for name, value, source in rows}, indent=2)
+        )
+        return
+    for name, value, source in rows:
+        click.echo(f"{name.replace('_', '-'):<34}{value or '-':<50}{source}")
+    for finding in settings.document.findings:
+        click.echo(f"warning: {finding}", err=True)
 
 
 @cli.command()
