@@ -26,13 +26,14 @@ from migplugin.core.resource import Strategy
 from migplugin.kubelet.podresources import CHECKPOINT_NAME, UsageReader
 from migplugin.kubelet.sockets import NodeLock, remove_stale
 from migplugin.nvml.driver import Driver
-from migplugin.settings import Settings
+from migplugin.settings import Settings, describe
 
 if TYPE_CHECKING:
     from migplugin.core.status import Status
 
 log = logging.getLogger(__name__)
 
+SAFE_REMOVAL_DELAY = 60.0
 OK, FAILED, USAGE, NO_DRIVER, INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -80,7 +81,12 @@ async def serve(settings: Settings) -> int:
     Raises InputError or SimulatorError for a simulation that cannot be made.
     """
     stop = _stop_on_signals()
-    log.info("starting", extra={"version": __version__, "strategy": settings.mig_strategy})
+    log.info(
+        "starting",
+        extra={"version": __version__, **{name: value or None for name, value, _ in describe(settings)}},
+    )
+    for warning in warnings(settings):
+        log.warning("attention", extra={"reason": warning})
     with contextlib.ExitStack() as stack:
         where = stack.enter_context(roots(settings))
         lock = NodeLock(settings.kubelet_socket.parent)
@@ -184,6 +190,29 @@ def _driver(
 
 def _usage(settings: Settings) -> UsageReader:
     return UsageReader(settings.kubelet_socket.parent / CHECKPOINT_NAME, settings.pod_resources_socket)
+
+
+def warnings(settings: Settings) -> list[str]:
+    """What a person should know of these settings, a sentence each."""
+    found = list(settings.document.findings)
+    if settings.removal_delay < SAFE_REMOVAL_DELAY:
+        found.append(
+            f"--removal-delay={settings.removal_delay:g}s is for demos and tests: "
+            "a kubelet that is just allocating a device crashes when it leaves the list"
+        )
+    if settings.device_id_strategy == "index" and settings.mig_strategy != "none":
+        found.append(
+            "--device-id-strategy=index: the kubelet replays its answer at each container restart, "
+            "and after a re-carve the same index is another pod's MIG device; use uuid"
+        )
+    if settings.device_list_strategy == ("envvar",) and settings.mig_strategy == "mixed":
+        found.append(
+            "--device-list-strategy=envvar: a container that asks for two MIG profiles sees only one of "
+            "them, since the kubelet keeps one NVIDIA_VISIBLE_DEVICES; volume-mounts and cdi-cri carry both"
+        )
+    if settings.cdi_feature_flags:
+        found.append("--cdi-feature-flags has no effect: they set how NVIDIA's library looks for files")
+    return found
 
 
 def options(settings: Settings) -> Options:

@@ -106,3 +106,23 @@ async def test_a_directory_watch_wakes_for_a_new_name_and_for_a_new_directory(tm
         await asyncio.wait_for(woken.wait(), 5.0)
     watch.cancel()
     await asyncio.gather(watch, return_exceptions=True)
+
+
+async def test_without_an_inotify_instance_the_directory_is_looked_at_once_a_second(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_instance_left(*_: object) -> None:
+        raise OSError(24, "inotify instance limit reached")
+
+    from watchdog.observers.inotify_c import InotifyFD  # noqa: PLC0415
+
+    monkeypatch.setattr(InotifyFD, "_instance", None)
+    monkeypatch.setattr(InotifyFD, "_create_inotify_fd", no_instance_left)
+    woken = asyncio.Event()
+    watch = asyncio.ensure_future(DirectoryWatch(tmp_path, woken.set).run())
+    for _ in range(3):
+        await asyncio.wait_for(woken.wait(), 5.0)
+        woken.clear()
+    assert caplog.text.count("no inotify watch, looking once a second instead") == 1
+    watch.cancel()
+    await asyncio.gather(watch, return_exceptions=True)
