@@ -221,14 +221,17 @@ class DirectoryWatch:
                 if event.event_type in {"created", "deleted", "moved", "modified"}:
                     _post(loop, wake)
 
-        observer = Observer()
-        observer.daemon = True
-        observer.name = "fswatch"
+        observer = None
         try:
+            # Also making it takes an inotify instance.
+            observer = Observer()
+            observer.daemon = True
+            observer.name = "fswatch"
             observer.schedule(Handler(), str(self._directory))
             observer.start()
         except OSError as exc:
-            observer.stop()
+            if observer is not None:
+                observer.stop()
             if not self._polling:
                 self._polling = True
                 log.warning(
