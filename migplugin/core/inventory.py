@@ -6,7 +6,7 @@ so that nobody takes silence for absence.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NewType
 
 GpuUuid = NewType("GpuUuid", str)
@@ -45,7 +45,8 @@ class MigDevice:
     """A live compute instance in its GPU instance.
 
     `index` is its slot for NVML's ByIndex call: sparse, and no identity. `gi_minor` and `ci_minor` name
-    the capability nodes.
+    the capability nodes; their modes are None where the driver's files are hidden, which makes no other
+    device of it.
     """
 
     uuid: DeviceId
@@ -59,6 +60,8 @@ class MigDevice:
     multiprocessors: int | None
     gi_minor: int | None
     ci_minor: int | None
+    gi_mode: int | None = field(default=None, compare=False)
+    ci_mode: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,24 @@ existed when it started; so what is not there is only not seen. The table says n
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 MAX_BYTES = 1 << 20
 CONTROL_NODES = ("/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools", "/dev/nvidia-modeset")
 
 _MINOR = re.compile(r"^DeviceFileMinor:\s*(\d+)\s*$", re.MULTILINE)
+_MODE = re.compile(r"^DeviceFileMode:\s*(\d+)\s*$", re.MULTILINE)  # decimal: 292 is 0444
 _TABLE_LINE = re.compile(r"^(gpu\d+/gi\d+(?:/ci\d+)?)/access\s+(\d+)\s*$", re.MULTILINE)
 _GI, _CI = re.compile(r"gi(\d+)"), re.compile(r"ci(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """/dev/nvidia-caps/nvidia-cap<minor>, the node of an instance; its `mode` only where its file is seen."""
+
+    minor: int | None = None
+    mode: int | None = None
 
 
 class Capabilities:
@@ -47,15 +57,16 @@ class Capabilities:
             return None
         return frozenset(found)
 
-    def minor(self, gpu_minor: int, gi: int, ci: int | None = None) -> int | None:
-        """The minor number of the capability's device node, or None where no file tells it."""
+    def node(self, gpu_minor: int, gi: int, ci: int | None = None) -> Capability:
+        """The node of a GPU instance, or of a compute instance in it; None and None where no file tells it."""
         compute = "" if ci is None else f"/ci{ci}"
         access = _read(self._tree / f"gpu{gpu_minor}/mig/gi{gi}{compute}/access")
         if match := _MINOR.search(access):
-            return int(match[1])
+            mode = _MODE.search(access)
+            return Capability(int(match[1]), int(mode[1]) & 0o777 if mode else None)
         if self._table is None:
             self._table = {name: int(number) for name, number in _TABLE_LINE.findall(_read(self._table_path))}
-        return self._table.get(f"gpu{gpu_minor}/gi{gi}{compute}")
+        return Capability(self._table.get(f"gpu{gpu_minor}/gi{gi}{compute}"))
 
 
 def control_nodes(dev_root: Path) -> tuple[str, ...]:

@@ -220,6 +220,7 @@ class Snapshots:
         gi, ci = binding.gi_id(device), binding.ci_id(device)
         attributes: Attributes | None = binding.unless(_REFUSED, lambda: binding.attributes(device))
         info = self._instance_of(gpu, gi, ci)
+        of_gi, of_ci = self._capabilities.node(gpu.minor, gi), self._capabilities.node(gpu.minor, gi, ci)
         return MigDevice(
             uuid=uuid,
             gpu=gpu.uuid,
@@ -230,8 +231,10 @@ class Snapshots:
             placement=None if info is None else Placement(info.start, info.size),
             memory_mib=None if attributes is None else attributes.memory_mib,
             multiprocessors=None if attributes is None else attributes.multiprocessors,
-            gi_minor=self._capabilities.minor(gpu.minor, gi),
-            ci_minor=self._capabilities.minor(gpu.minor, gi, ci),
+            gi_minor=of_gi.minor,
+            ci_minor=of_ci.minor,
+            gi_mode=of_gi.mode,
+            ci_mode=of_ci.mode,
         )
 
     @staticmethod

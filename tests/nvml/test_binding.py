@@ -272,8 +272,8 @@ def test_damaged_capability_files_are_files_that_say_nothing(tmp_path: Path) -> 
     (gi.parent / "gix").mkdir()
     (gi / "cache").write_text("")
     found = capabilities.Capabilities(tmp_path)
-    assert found.minor(0, 7) is None
-    assert found.minor(0, 7, 0) == 67
+    assert found.node(0, 7).minor is None
+    assert found.node(0, 7, 0) == capabilities.Capability(67, 0o444)
     assert found.seen(0) == frozenset({(7, 0)})
     assert found.seen(1) is None
 
@@ -283,11 +283,11 @@ def test_the_static_table_is_read_again_for_another_driver(tmp_path: Path) -> No
     table.parent.mkdir(parents=True)
     table.write_text("config 1\nmonitor 2\ngpu0/gi7/access 66\ngpu0/gi7/ci0/access 67\nnonsense\n")
     found = capabilities.Capabilities(tmp_path)
-    assert (found.minor(0, 7), found.minor(0, 7, 0), found.minor(0, 8)) == (66, 67, None)
+    assert (found.node(0, 7).minor, found.node(0, 7, 0).minor, found.node(0, 8).minor) == (66, 67, None)
     table.write_text("gpu0/gi7/access 99\n")
-    assert found.minor(0, 7) == 66
+    assert found.node(0, 7).minor == 66
     found.forget()
-    assert (found.minor(0, 7), found.minor(0, 7, 0)) == (99, None)
+    assert (found.node(0, 7).minor, found.node(0, 7, 0).minor) == (99, None)
 
 
 @pytest.mark.parametrize(("text", "node"), [("0\n", 0), ("3", 3), ("-1\n", None), ("", None), ("x\n", None)])
