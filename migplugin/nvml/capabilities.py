@@ -58,7 +58,7 @@ class Capabilities:
         return frozenset(found)
 
     def node(self, gpu_minor: int, gi: int, ci: int | None = None) -> Capability:
-        """The node of a GPU instance, or of a compute instance in it; None and None where no file tells it."""
+        """The node of a GPU instance, or of a compute instance in it; its parts None where no file tells."""
         compute = "" if ci is None else f"/ci{ci}"
         access = _read(self._tree / f"gpu{gpu_minor}/mig/gi{gi}{compute}/access")
         if match := _MINOR.search(access):

@@ -194,11 +194,13 @@ class Snapshots:
             try:
                 listed = binding.gis(gpu.handle, profile.id, profile.max_instances)
             except DriverError as exc:
-                if exc.code not in _REFUSED:
+                if exc.code not in _REFUSED | GONE:
                     raise
                 gpu.told = False
-                gpu.refused = gpu.refused or exc.code == Code.NO_PERMISSION
-                return
+                gpu.refused = exc.code == Code.NO_PERMISSION
+                if gpu.refused:
+                    return
+                continue
             gpu.instances.update((info.id, info) for info in listed)
 
     def _devices(self, gpu: _Reading) -> list[MigDevice]:
@@ -289,7 +291,7 @@ def _read_fixed(handle: Handle, sysfs_root: Path, *, capable: bool) -> _Fixed:
         try:
             return function()
         except DriverError as exc:
-            if exc.code not in _REFUSED:
+            if exc.code not in _REFUSED | GONE:
                 raise
             refused = refused or exc.code == Code.NO_PERMISSION
             return otherwise

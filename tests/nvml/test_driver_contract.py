@@ -29,8 +29,6 @@ async def driver(request: pytest.FixtureRequest) -> AsyncIterator[Driver]:
             yield watched.driver
             await watched.driver.close()
         return
-    if "gpu" not in str(request.config.getoption("markexpr")):
-        pytest.skip("needs a real GPU: -m gpu")
     real = Driver(
         library=None,
         search=Path(os.environ.get("MIGPLUGIN_TEST_DRIVER_ROOT", "/driver-root")),

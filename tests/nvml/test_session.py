@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from migplugin.errors import DriverError, DriverNotReady, DriverTimeout
+from migplugin.errors import DriverError, DriverNotReady, DriverTimeout, LibraryMissing
 from migplugin.nvml import driver as edges
 from migplugin.sim.records import Failure
 from tests.nvml.machine import SEVEN, devices, edge, machine, until, watching
@@ -405,6 +405,52 @@ async def test_a_node_without_mig_needs_no_events_of_geometry() -> None:
         async with watching(place) as watched:
             await watched.driver.look()
             assert watched.hears()
+
+
+@pytest.mark.parametrize("stale", [False, True])
+async def test_looks_while_others_carve_break_nothing_and_end_with_the_truth(*, stale: bool) -> None:
+    with machine("2xa100-40gb=1g.5gb*7", stale_sessions=stale) as place:
+        layouts = [["3g.20gb", "2g.10gb"], ["7g.40gb"], ["1c.4g.20gb", "1g.5gb"], ["4g.20gb"], ["1g.5gb"] * 7]
+
+        def carve() -> None:
+            for number in range(25):
+                place.recarve(*layouts[number % len(layouts)], gpu=number % 2)
+
+        async with watching(place) as watched:
+            before = await watched.driver.look()
+            carver = threading.Thread(target=carve)
+            carver.start()
+            looks = 0
+            while carver.is_alive():
+                looks += 1
+                seen = await watched.driver.look(suspect=bool(looks % 2))
+                assert not seen.broken
+                assert [gpu.uuid for gpu in seen.gpus] == [gpu.uuid for gpu in before.gpus]
+            carver.join()
+            found = devices(await watched.driver.look(suspect=True))
+            assert {device.uuid for device in found} == place.uuids(0) | place.uuids(1)
+            assert {(d.gi, d.ci, d.profile) for d in found} == {
+                (gi.id, ci.id, gpu.ci_name(gi, ci)) for gpu in place.node.gpus for gi, ci in gpu.mig_devices()
+            }
+            assert all(device.placement for device in found)
+
+
+async def test_a_library_that_is_installed_later_is_loaded_then() -> None:
+    with machine(SEVEN) as place:
+        missing = [LibraryMissing("not yet")] * 2
+
+        def library() -> object:
+            if missing:
+                raise missing.pop()
+            return place.library
+
+        watched = edge(place)
+        watched.driver._library = library
+        for _ in range(2):
+            with pytest.raises(LibraryMissing):
+                await watched.driver.look()
+        assert len(devices(await watched.driver.look())) == 7
+        await watched.driver.close()
 
 
 async def test_after_the_end_a_look_is_refused_and_another_end_is_nothing() -> None:

@@ -422,6 +422,27 @@ def test_an_instance_of_a_profile_that_nobody_lists_is_found_by_its_device(
     assert not look.disagreements
 
 
+@pytest.mark.parametrize("code", [2, 3, 6])
+@pytest.mark.parametrize(
+    "call", ["nvmlDeviceGetGpuInstances", "nvmlDeviceGetGpuInstancePossiblePlacements_v2"]
+)
+def test_a_profile_that_the_driver_lists_nothing_of_costs_no_other(call: str, code: int) -> None:
+    with machine("1xa100-40gb=3g.20gb:2g.10gb") as place:
+        place.change(lambda node: node.gpus[0].create("1g.5gb", compute=False))
+        function = place.library.original(call)
+
+        def all_but_3g(device: object, profile: int, *rest: object) -> int:
+            return code if profile == 9 else function(device, profile, *rest)
+
+        place.library.replaced[call] = all_but_3g
+        look = place.look()
+    gpu = only_gpu(look)
+    assert {device.profile for device in gpu.devices} == {"3g.20gb", "2g.10gb"}
+    assert all(device.placement for device in gpu.devices)
+    assert {instance.profile for instance in gpu.instances} == {"3g.20gb", "2g.10gb", "1g.5gb"}
+    assert not look.disagreements
+
+
 def test_a_future_profile_is_served_under_the_name_that_the_driver_gives_it(
     place: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
