@@ -16,6 +16,8 @@ from typing import Any, Generic, TypeVar
 
 log = logging.getLogger(__name__)
 
+POLL_EVERY, WATCHED_POLL_EVERY = 1.0, 5.0
+
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
@@ -183,8 +185,8 @@ async def keep_running(name: str, run: Callable[[], Awaitable[None]], *, longest
 class DirectoryWatch:
     """Calls `wake` on the loop when a name in `directory` comes, goes or changes.
 
-    By inotify (watchdog's thread) where an instance is left, else by asking for the modification time
-    once a second. A directory that is not there yet, or is replaced, is looked for once a second.
+    By inotify (watchdog's thread) where an instance is left, else once a second whatever happened. A
+    directory that is not there yet is looked for once a second, one that was replaced every five.
     """
 
     def __init__(self, directory: Path, wake: Callable[[], None]) -> None:
@@ -201,7 +203,8 @@ class DirectoryWatch:
                 # What happened before the watch stood is found by looking once, now.
                 self._wake()
                 while _identity(self._directory) == seen:
-                    await asyncio.sleep(1.0)
+                    # With a watch, only a directory that was replaced is found this way.
+                    await asyncio.sleep(POLL_EVERY if observer is None else WATCHED_POLL_EVERY)
                     if observer is None:
                         self._wake()
             finally:
