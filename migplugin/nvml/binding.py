@@ -115,7 +115,7 @@ def _find(search: Path | None) -> ctypes.CDLL:
         log.info("NVML library", extra={"path": str(path)})
         return library
     try:
-        return ctypes.CDLL(SONAME)
+        library = ctypes.CDLL(SONAME)
     except OSError as exc:
         where = (
             "not known to the dynamic linker"
@@ -127,6 +127,11 @@ def _find(search: Path | None) -> ctypes.CDLL:
             f"{unloadable}{SONAME} is {where}: run this container with the NVIDIA runtime "
             f"(runtimeClassName: nvidia), or mount the host's driver root{at}"
         ) from exc
+    if unloadable:
+        log.warning(
+            "the driver root's NVML library was passed over", extra={"reason": unloadable.strip("; ")}
+        )
+    return library
 
 
 def call(name: str, *args: Any, **options: Any) -> Any:
@@ -138,6 +143,9 @@ def call(name: str, *args: Any, **options: Any) -> Any:
     except (pynvml.NVMLLibraryMismatchError, AttributeError):
         # Of a function that this library, or this pynvml, does not have.
         code = Code.FUNCTION_NOT_FOUND
+    except UnicodeDecodeError:
+        # A GPU that answers no text where there must be one is broken, and breaks no other.
+        code = Code.UNKNOWN
     if code in {Code.DRIVER_NOT_LOADED, Code.LIB_RM_VERSION_MISMATCH}:
         raise DriverNotReady(f"{name}: {describe(code)}", call=name, code=code)
     raise DriverError(f"{name}: {describe(code)}", call=name, code=code)
@@ -181,6 +189,11 @@ def address(handle: object) -> int:
 
 def uuid(handle: Handle) -> str:
     return str(call("nvmlDeviceGetUUID", handle))
+
+
+def uuid_at(address: int) -> str:
+    """The UUID of the device whose handle lies at `address` in this session."""
+    return uuid(Handle(ctypes.cast(address, pynvml.c_nvmlDevice_t)))
 
 
 def name(handle: Handle) -> str:

@@ -9,6 +9,7 @@ container the NVIDIA runtime may cover them with a tmpfs that shows no instances
 existed when it started; so what is not there is only not seen. The table says nothing about existence.
 """
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -47,14 +48,16 @@ class Capabilities:
         """The (gi, ci) pairs whose files are there, or None where the tree of this GPU cannot be seen."""
         found = set()
         try:
-            for gi in (self._tree / f"gpu{gpu_minor}/mig").iterdir():
-                if match := _GI.fullmatch(gi.name):
+            instances = list((self._tree / f"gpu{gpu_minor}/mig").iterdir())
+        except OSError:
+            return None
+        for gi in instances:
+            if match := _GI.fullmatch(gi.name):
+                # An instance may go away while we look, and takes none of the others with it.
+                with contextlib.suppress(OSError):
                     for ci in gi.iterdir():
                         if (inner := _CI.fullmatch(ci.name)) and (ci / "access").exists():
                             found.add((int(match[1]), int(inner[1])))
-        except OSError:
-            # Also of an instance that goes away while we look: the next look sees it gone.
-            return None
         return frozenset(found)
 
     def node(self, gpu_minor: int, gi: int, ci: int | None = None) -> Capability:

@@ -114,12 +114,11 @@ class Snapshots:
             uuid: GpuUuid | None = None
             try:
                 handle = binding.gpu(index)
-                uuid = GpuUuid(binding.uuid(handle))
+                uuid = self._uuids[index] = GpuUuid(binding.uuid(handle))
                 gpu, reading = self._gpu(handle, index, uuid)
             except DriverError as exc:
                 broken.append((index, uuid, str(exc)))
                 continue
-            self._uuids[index] = uuid
             gpus.append(gpu)
             if gpu.mig_enabled:
                 seen = self._capabilities.seen(gpu.minor)
