@@ -22,7 +22,7 @@ from migplugin.core.decide import Fault
 from migplugin.core.inventory import GpuUuid, Inventory, MigDevice
 from migplugin.errors import DriverError, DriverTimeout
 from migplugin.nvml import binding
-from migplugin.nvml.events import EventThread, Registration, Scope, merge
+from migplugin.nvml.events import EventThread, Patience, Registration, Scope, merge
 from migplugin.nvml.snapshot import Look, Snapshots
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ class Driver:
         self._opened_at: float | None = None
         self._registration: Registration | None = None
         self._events: EventThread | None = None
+        self._patience = Patience()
+        self._mute: set[GpuUuid] = set()
         self._last: Inventory | None = None
         self._known: frozenset[tuple[GpuUuid, int, int]] = frozenset()
         self._tells_geometry = False
@@ -151,6 +153,8 @@ class Driver:
             return "an event told of a change that this session does not show"
         broken = {gpu.uuid for gpu in look.inventory.broken if gpu.uuid is not None}
         registered = self._registration
+        if registered is not None and registered.is_spoilt():
+            return "its event set is spoilt"
         heard = registered is not None and any(registered.hears(gpu) for gpu in broken)
         if heard and events is not None and events.failing:
             return "a broken GPU keeps the events of the others away"
@@ -168,30 +172,49 @@ class Driver:
         binding.init()
         self._opened_at = time.monotonic()
         self._snapshots.forget()
+        self._mute.clear()
         # Before the first look: an event in between costs a second look, never a miss.
         try:
-            self._registration = Registration()
+            self._registration = self._registered()
+            while self._registration.is_spoilt():
+                spoilt, self._registration = self._registration, None
+                spoilt.free()
+                self._registration = self._registered()
         except DriverError as exc:
+            if exc.call == "nvmlDeviceGetCount":
+                raise
             if not self._told_deaf:
                 self._told_deaf = True
                 log.warning("the driver has no events, looking now and then", extra={"reason": str(exc)})
             return
-        # A broken GPU can make every wait fail, also for the others: it is added when it answers again.
-        broken = {gpu.index for gpu in self._last.broken} if self._last is not None else set()
-        for index in range(binding.gpu_count()):
-            if index not in broken:
-                self._add(self._registration, index)
-        self._events = EventThread(self._registration, self._faults, self._geometry_bell, self._fault_bell)
+        self._events = EventThread(
+            self._registration, self._patience, self._faults, self._geometry_bell, self._fault_bell
+        )
         self._events.start()
 
-    @staticmethod
-    def _add(registration: Registration, index: int) -> bool:
-        """Whether there is more to be heard now."""
+    def _registered(self) -> Registration:
+        """Everything that GPUs can tell. Where the set is spoilt, the one to blame is mute the next time."""
+        count = binding.gpu_count()
+        registration = Registration()
+        # A broken GPU can make every wait fail, also for the others: it is added when it answers again.
+        broken = {gpu.index for gpu in self._last.broken} if self._last is not None else set()
+        for index in range(count):
+            if index not in broken:
+                self._add(registration, index)
+        return registration
+
+    def _add(self, registration: Registration, index: int) -> bool:
+        """Whether there is more to be heard now. Nothing is added to a spoilt set."""
+        if registration.is_spoilt():
+            return False
         try:
             handle = binding.gpu(index)
-            return registration.add(handle, GpuUuid(binding.uuid(handle)))
+            uuid = GpuUuid(binding.uuid(handle))
+            return uuid not in self._mute and registration.add(handle, uuid)
         except DriverError as exc:
             log.debug("no events of this GPU", extra={"gpu": index, "reason": str(exc)})
+            if registration.is_spoilt():
+                self._mute.add(uuid)
             return False
 
     def _register(self, inventory: Inventory) -> bool:

@@ -4,7 +4,8 @@ It blocks in nvmlEventSetWait, a quarter of a second at a time, because a sessio
 thread that waits in it; and shorter for a moment after each event, since what an event tells of may be a
 reason to end the session. It carries and does not decide: a change of geometry becomes a wake-up, an
 XID becomes a Fault in a mailbox that merges by scope. An error of the wait itself (a lost GPU repeats it
-at once, for ever) is a reason to look, and then to wait longer each time: never a spin.
+at once, for ever) is a reason to look, and then to wait longer each time: never a spin. The patience for
+that outlives the session: a look may open a new one, whose first wait fails like the last of the old.
 """
 
 import logging
@@ -20,6 +21,7 @@ from migplugin.core.inventory import GpuUuid
 from migplugin.errors import DriverError
 from migplugin.nvml import binding
 from migplugin.nvml.binding import MIG_CONFIG_CHANGE, XID_CRITICAL, Handle
+from migplugin.nvml.codes import Code
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +38,29 @@ def merge(old: Fault, new: Fault) -> Fault:
     return replace(old, count=old.count + new.count, last=new.last)
 
 
+class Patience:
+    """How long to pause after a wait that failed: longer each time, until one works."""
+
+    def __init__(self) -> None:
+        self.pause = 0.0
+
+    def failed(self) -> bool:
+        """Whether this is the first failure since a wait worked, in whatever session."""
+        first = not self.pause
+        self.pause = min(max(2 * self.pause, SHORTEST_PAUSE), LONGEST_PAUSE)
+        return first
+
+    def worked(self) -> None:
+        self.pause = 0.0
+
+
 class Registration:
     """One event set, and which GPUs send what into it. Made and freed on the thread that owns NVML."""
 
     def __init__(self) -> None:
         self.events: Handle = binding.new_event_set()
         self.gpus: dict[int, GpuUuid] = {}
+        self._spoilt = False
         self._geometry: set[GpuUuid] = set()
 
     def add(self, handle: Handle, uuid: GpuUuid) -> bool:
@@ -51,12 +70,24 @@ class Registration:
         """
         more = False
         if not self.hears(uuid):
-            more = binding.register(handle, XID_CRITICAL, self.events)
+            more = self._register(handle, XID_CRITICAL)
             self.gpus[binding.address(handle)] = uuid
-        if uuid not in self._geometry and binding.register(handle, MIG_CONFIG_CHANGE, self.events):
+        if uuid not in self._geometry and self._register(handle, MIG_CONFIG_CHANGE):
             self._geometry.add(uuid)
             more = True
         return more
+
+    def _register(self, handle: Handle, kind: int) -> bool:
+        try:
+            return binding.register(handle, kind, self.events)
+        except DriverError as exc:
+            if exc.call == "nvmlDeviceRegisterEvents" and exc.code == Code.UNKNOWN:
+                self._spoilt = True
+            raise
+
+    def is_spoilt(self) -> bool:
+        """Whether the set is in an undefined state and must be freed (nvml.h on UNKNOWN)."""
+        return self._spoilt
 
     def hears(self, gpu: GpuUuid) -> bool:
         return gpu in self.gpus.values()
@@ -74,12 +105,15 @@ class EventThread:
     def __init__(
         self,
         registration: Registration,
+        patience: Patience,
         faults: Mailbox[Scope, Fault],
         on_geometry: Callable[[], None],
         on_fault: Callable[[], None],
     ) -> None:
         self._events = registration.events
         self._gpus: Mapping[int, GpuUuid] = registration.gpus
+        self._strangers: dict[int, GpuUuid] = {}
+        self._patience = patience
         self._faults = faults
         self._on_geometry = on_geometry
         self._on_fault = on_fault
@@ -126,13 +160,14 @@ class EventThread:
             try:
                 event = binding.wait(self._events, min(LIVELY_WAIT_MS, WAIT_MS) if lively else WAIT_MS)
             except DriverError as exc:
-                if not self.failing:
-                    self.failing = True
+                self.failing = True
+                if self._patience.failed():
                     log.warning("waiting for events failed, will try again", extra={"reason": str(exc)})
                     self._on_geometry()
-                pause = min(max(2 * pause, SHORTEST_PAUSE), LONGEST_PAUSE)
+                pause = self._patience.pause
                 continue
             self.failing = False
+            self._patience.worked()
             pause = 0.0
             if event is not None:
                 lively_until = time.monotonic() + LIVELY_FOR
@@ -142,11 +177,23 @@ class EventThread:
         if event.kind == MIG_CONFIG_CHANGE:
             self._on_geometry()
             return
-        uuid = self._gpus.get(event.device)
-        if uuid is None or event.kind != XID_CRITICAL:
+        if event.kind != XID_CRITICAL:
             log.debug("an event that we did not ask for", extra={"kind": event.kind, "data": event.data})
+            return
+        uuid = self._gpu_of(event)
+        if uuid is None:
             return
         now = time.monotonic()
         fault = Fault(uuid, event.gi, event.ci, event.data, 1, now, now)
         self._faults.put((uuid, event.gi, event.ci, event.data), fault)
         self._on_fault()
+
+    def _gpu_of(self, event: binding.Event) -> GpuUuid | None:
+        """Whose event it is. A driver need not name a GPU by the handle it gave us: one unknown is asked."""
+        known = self._gpus.get(event.device) or self._strangers.get(event.device)
+        if known is None:
+            try:
+                known = self._strangers[event.device] = GpuUuid(binding.uuid_at(event.device))
+            except DriverError as exc:
+                log.warning("xid of a GPU that cannot be told", extra={"xid": event.data, "reason": str(exc)})
+        return known
