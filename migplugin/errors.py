@@ -7,6 +7,7 @@
     │   ├── DriverNotReady      the library is there, the driver behind it is not (yet)
     │   └── DriverTimeout       an NVML call did not come back before its deadline
     ├── KubeletError            the kubelet's socket, directory or answer is not as it must be
+    ├── CdiError                the CDI document cannot be written or removed
     ├── AllocationRefused       a device request that must not be granted
     └── SimulatorError          the simulated driver's state is missing, damaged or says no
 
@@ -44,6 +45,10 @@ class DriverTimeout(DriverError):
 
 
 class KubeletError(MigpluginError):
+    pass
+
+
+class CdiError(MigpluginError):
     pass
 
 

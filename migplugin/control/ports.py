@@ -1,9 +1,12 @@
 """What the loops need of the edges; mypy proves in `app` that the edges fit."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from migplugin.core.allocation import EditOptions
 from migplugin.core.decide import Fault, Usage
-from migplugin.core.inventory import Inventory
+from migplugin.core.inventory import DeviceId, Inventory
 
 
 class Driver(Protocol):
@@ -24,3 +27,16 @@ class Driver(Protocol):
 class UsageSource(Protocol):
     async def read(self, began: float) -> Usage:
         """Who holds what; `began` is the time before the call, on `World.now`'s clock. Raises nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """`unready` says why no container can have a device yet; not `complete`: worth another try soon."""
+
+    unready: Mapping[DeviceId, str] = field(default_factory=dict)
+    complete: bool = True
+
+
+class Preparation(Protocol):
+    async def prepare(self, inventory: Inventory, edits: EditOptions) -> Readiness:
+        """Makes what containers will need of these devices, before they are offered. Raises nothing."""

@@ -1,4 +1,4 @@
-"""The one loop: look at what may have changed, decide, publish.
+"""The one loop: look at what may have changed, make ready what containers need of it, decide, publish.
 
 Events wake it and carry nothing; what is true is read anew. A change of geometry comes as a burst
 of events, one for each instance, so the first look waits until the burst is over, and at most 200 ms.
@@ -10,12 +10,12 @@ Grants are written here by Allocate, directly and at once: the next decision fin
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from migplugin.aio import Cell, first_of
-from migplugin.control.ports import Driver, UsageSource
+from migplugin.control.ports import Driver, Preparation, UsageSource
 from migplugin.core.allocation import Offers
 from migplugin.core.decide import Fault, Key, Options, Outcome, World, decide
 from migplugin.core.inventory import DeviceId, Inventory
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 DEBOUNCE, DEBOUNCE_LATEST = 0.05, 0.2
 RETRY_SHORTEST, RETRY_LONGEST = 0.5, 15.0
+PREPARE_AGAIN = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class Reconciler:
         options: Options,
         pace: Pace,
         *,
+        preparations: Sequence[Preparation] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.offers: Cell[Offers] = Cell(Offers())
@@ -58,6 +60,7 @@ class Reconciler:
         self._driver = driver
         self._usage = usage
         self._pace = pace
+        self._preparations = preparations
         self._clock = clock
         self._leases: dict[Key, float] = {}
         self._wake = asyncio.Event()
@@ -65,6 +68,7 @@ class Reconciler:
         self._usage_wanted = True
         self._look_at = clock()
         self._retry = RETRY_SHORTEST
+        self._prepare_at: float | None = None
 
     def grant(self, resource: ResourceName, ids: Collection[DeviceId]) -> None:
         """Remembers that Allocate has just handed out `ids`. There is no await between its check and this."""
@@ -101,6 +105,7 @@ class Reconciler:
         if suspect or now >= self._look_at:
             self._changed_at = None
             await self._look(suspect=suspect)
+        await self._prepare()
         if self._usage_wanted or _is_due(self.outcome, now):
             self._usage_wanted = False
             self.world = replace(self.world, usage=await self._usage.read(self._clock()))
@@ -154,10 +159,26 @@ class Reconciler:
         self._retry = RETRY_SHORTEST
         _tell_geometry(before, inventory)
 
+    async def _prepare(self) -> None:
+        """Before a device is offered, all that a container will need of it is there, or it is unready."""
+        self._prepare_at = None
+        inventory = self.world.inventory
+        if inventory is None:
+            return
+        unready: dict[DeviceId, str] = {}
+        for preparation in self._preparations:
+            readiness = await preparation.prepare(inventory, self.world.options.edits)
+            unready |= readiness.unready
+            if not readiness.complete:
+                self._prepare_at = self._clock() + PREPARE_AGAIN
+        self.world = replace(self.world, unready=MappingProxyType(unready))
+
     async def _wait(self) -> None:
         """Until there is something to do."""
         outcome = self.outcome
         moments = [self._look_at]
+        if self._prepare_at is not None:
+            moments.append(self._prepare_at)
         if outcome is not None:
             moments += [moment for moment in (outcome.wake_at, outcome.usage_at) if moment is not None]
         await first_of(self._wake.wait(), timeout=max(min(moments) - self._clock(), 0.0))

@@ -10,12 +10,12 @@ exist until somebody makes it, and so the runtime makes it inside the container 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from migplugin.core.inventory import DeviceId, Gpu, Inventory, MigDevice
+from migplugin.core.inventory import DeviceId, Inventory, MigDevice
 
 VENDOR = "k8s.device-plugin.nvidia.com"
 CLASS = "gpu"
@@ -78,12 +78,19 @@ class Options:
     by_index: bool = False
 
 
+def is_used(strategies: Collection[str]) -> bool:
+    """Whether some container may be told its devices by CDI."""
+    return any(strategy.startswith("cdi-") for strategy in strategies)
+
+
+def is_alone(strategies: Collection[str]) -> bool:
+    """Whether every container is told its devices by CDI only."""
+    return is_used(strategies) and all(strategy.startswith("cdi-") for strategy in strategies)
+
+
 def document(inventory: Inventory, facts: Facts, options: Options) -> Mapping[str, Any] | None:
     """The document, or None where there is no device: without one it would be invalid (CDI's schema)."""
-    devices = [
-        {"name": name, "containerEdits": _edits(nodes, hooks=hooks)}
-        for _, name, nodes, hooks in _devices(inventory, facts, options)
-    ]
+    devices = list(_devices(inventory, facts, options))
     if not devices:
         return None
     common = _edits(
@@ -113,6 +120,32 @@ def unresolvable(inventory: Inventory, options: Options) -> Mapping[DeviceId, st
     return found
 
 
+def names(inventory: Inventory, options: Options) -> Mapping[DeviceId, str]:
+    """The name in the document of every device that is in it: NVIDIA's, by the strategy of ids."""
+    left_out = unresolvable(inventory, options)
+    found = {
+        DeviceId(gpu.uuid): str(gpu.index) if options.by_index else gpu.uuid
+        for gpu in inventory.gpus
+        if not gpu.mig_enabled
+    }
+    for gpu, device in inventory.devices():
+        if device.uuid not in left_out:
+            found[device.uuid] = f"{gpu.index}:{device.index}" if options.by_index else device.uuid
+    return found
+
+
+def missing(
+    inventory: Inventory,
+    options: Options,
+    *,
+    wanted: Mapping[str, Any] | None,
+    there: Mapping[str, Any] | None,
+) -> frozenset[DeviceId]:
+    """The devices that are not in `there`, the document on disk, as they are in `wanted`."""
+    new, old = _by_name(wanted), _by_name(there)
+    return frozenset(id_ for id_, name in names(inventory, options).items() if old.get(name) != new.get(name))
+
+
 def standing(before: Inventory | None, now: Inventory) -> Inventory:
     """`now`, with GPUs that do not answer as they were in `before`: what they hold is not gone."""
     if before is None or not now.broken:
@@ -131,32 +164,26 @@ def capability_path(minor: int) -> str:
     return f"/dev/nvidia-caps/nvidia-cap{minor}"
 
 
-def _devices(
-    inventory: Inventory, facts: Facts, options: Options
-) -> Iterator[tuple[DeviceId, str, list[Json], list[Json]]]:
-    left_out = unresolvable(inventory, options)
+def _devices(inventory: Inventory, facts: Facts, options: Options) -> Iterator[Json]:
+    named = names(inventory, options)
     for gpu in inventory.gpus:
         gpu_node = _node(f"/dev/nvidia{gpu.minor}", options)
         drm = facts.drm.get(gpu.pci_address, ())
         graphics = [_node(path, options) for path in drm]
         links = list(_by_path_hooks(gpu.pci_address, drm, options))
         if not gpu.mig_enabled:
-            yield DeviceId(gpu.uuid), _gpu_name(gpu, options), [gpu_node, *graphics], links
+            yield _device(named[DeviceId(gpu.uuid)], [gpu_node, *graphics], links)
         for device in gpu.devices:
-            if device.uuid in left_out:
-                continue
-            nodes = [gpu_node, *_capabilities(device, facts, options)]
-            has_graphics = "+gfx" in device.profile
-            yield (
-                device.uuid,
-                f"{gpu.index}:{device.index}" if options.by_index else device.uuid,
-                nodes + graphics if has_graphics else nodes,
-                links if has_graphics else [],
-            )
+            if device.uuid in named:
+                nodes = [gpu_node, *_capabilities(device, facts, options)]
+                if "+gfx" in device.profile:
+                    yield _device(named[device.uuid], nodes + graphics, links)
+                else:
+                    yield _device(named[device.uuid], nodes, [])
 
 
-def _gpu_name(gpu: Gpu, options: Options) -> str:
-    return str(gpu.index) if options.by_index else gpu.uuid
+def _device(name: str, nodes: list[Json], hooks: list[Json]) -> Json:
+    return {"name": name, "containerEdits": _edits(nodes, hooks=hooks)}
 
 
 def _capabilities(device: MigDevice, facts: Facts, options: Options) -> Iterator[Json]:
@@ -244,6 +271,12 @@ def _edits(
 ) -> Json:
     every = {"env": env, "deviceNodes": nodes, "mounts": mounts, "hooks": hooks}
     return {key: value for key, value in every.items() if value}
+
+
+def _by_name(found: Mapping[str, Any] | None) -> dict[str, Any]:
+    devices = (found or {}).get("devices")
+    listed = devices if isinstance(devices, list) else []
+    return {device["name"]: device for device in listed if isinstance(device, dict) and "name" in device}
 
 
 def _version(parts: list[Json]) -> str:

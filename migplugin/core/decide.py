@@ -17,7 +17,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from migplugin.core.allocation import Offer, OfferedDevice, Offers
+from migplugin.core.allocation import EditOptions, Offer, OfferedDevice, Offers
 from migplugin.core.inventory import DeviceId, GpuUuid, Inventory
 from migplugin.core.resource import GPU, Assignment, Device, ResourceName, Strategy, assign, is_ours
 
@@ -79,6 +79,7 @@ class Options:
     strategy: Strategy = Strategy.MIXED
     removal_delay: float = 60.0
     driver_grace: float = 60.0
+    edits: EditOptions = field(default_factory=EditOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +118,15 @@ class World:
     """Everything that is known; `now` and all other times are seconds on one monotonic clock.
 
     `inventory` is the last one that could be read; `driver_failed` is since when it could not be
-    read again, with `driver_error` saying why. `leases` maps allocations to the time of our answer.
+    read again, with `driver_error` saying why. `unready` says of devices what no container would find
+    of them on this node: a CDI document, a device node. `leases` maps allocations to the time of our answer.
     """
 
     now: float
     inventory: Inventory | None = None
     driver_failed: float | None = None
     driver_error: str = ""
+    unready: Mapping[DeviceId, str] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)
     leases: Mapping[Key, float] = field(default_factory=dict)
     faults: tuple[Fault, ...] = ()
@@ -239,6 +242,7 @@ def _see(world: World, held: AbstractSet[Key]) -> tuple[Entries, str, tuple[str,
         for id_, device in devices.items():
             elsewhere = sorted(other for other in holders_of.get(id_, ()) if other != resource)
             sick = driver or (f"still held by a pod as {elsewhere[0]}" if elsewhere else "")
+            sick = sick or world.unready.get(id_, "")
             before = known.get(resource, {}).get(id_)
             entries.setdefault(resource, {})[id_] = _entry(world, device, sick, before, vanished=False)
 
