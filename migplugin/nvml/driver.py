@@ -28,7 +28,7 @@ from migplugin.nvml.snapshot import Look, Snapshots
 log = logging.getLogger(__name__)
 
 UNSEEN_SESSION_TRUSTED = 60.0
-CLOSE_WITHIN = 1.0
+CLOSE_WITHIN, END_WITHIN = 1.0, 0.1
 
 
 class Driver:
@@ -95,14 +95,14 @@ class Driver:
             raise DriverTimeout(f"no answer from NVML within {self._deadline:g} s") from exc
 
     async def close(self) -> None:
-        """Ends the session, or gives up on it within a second where the driver hangs."""
+        """Ends the session, or leaves it to the end of the process; within a second, whatever hangs."""
         if self._ended:
             return
         self._ended = True
         if self._events is not None:
             self._events.ask_to_stop()
         try:
-            await self._owner.call(self._close, CLOSE_WITHIN)
+            await self._owner.call(self._end, CLOSE_WITHIN)
         except (TimeoutError, DriverError) as exc:
             log.debug("the NVML session was not ended", extra={"reason": str(exc)})
         self._owner.close()
@@ -234,6 +234,11 @@ class Driver:
         capable = {gpu.uuid for gpu in inventory.gpus if gpu.mig_enabled is not None}
         self._tells_geometry = registration.tells_geometry_of(capable) and not inventory.broken
         return more
+
+    def _end(self) -> None:
+        """As `_close`, but does not wait for a thread that waits for events: the process ends now."""
+        if self._events is None or self._events.stop(END_WITHIN):
+            self._close()
 
     def _close(self) -> bool:
         """Whether there is no session any more."""

@@ -1,6 +1,6 @@
 """The thread that waits for the driver to say something.
 
-It blocks in nvmlEventSetWait, a quarter of a second at a time, because a session must not end under a
+It blocks in nvmlEventSetWait, a second at a time, because a session must not end under a
 thread that waits in it; and shorter for a moment after each event, since what an event tells of may be a
 reason to end the session. It carries and does not decide: a change of geometry becomes a wake-up, an
 XID becomes a Fault in a mailbox that merges by scope. An error of the wait itself (a lost GPU repeats it
@@ -25,7 +25,7 @@ from migplugin.nvml.codes import Code
 
 log = logging.getLogger(__name__)
 
-WAIT_MS = 250
+WAIT_MS = 1000
 LIVELY_WAIT_MS, LIVELY_FOR = 50, 1.0
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 GIVE_UP_AFTER = 2.0
@@ -136,10 +136,10 @@ class EventThread:
     def ask_to_stop(self) -> None:
         self._stop.set()
 
-    def stop(self) -> bool:
+    def stop(self, timeout: float = GIVE_UP_AFTER) -> bool:
         """Whether the thread has left NVML; where not, the session must not be ended."""
         self._stop.set()
-        self._thread.join(GIVE_UP_AFTER)
+        self._thread.join(timeout)
         return not self.alive
 
     def carry_rest(self) -> None:
