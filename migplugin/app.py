@@ -12,21 +12,27 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 from migplugin import __version__
 from migplugin.aio import keep_running
+from migplugin.control.ports import Preparation
+from migplugin.control.preparation import Nodes, Publication
 from migplugin.control.reconciler import Pace, Reconciler
+from migplugin.core import cdi
 from migplugin.core.allocation import EditOptions
 from migplugin.core.decide import Options
 from migplugin.core.resource import Strategy
+from migplugin.kubelet.cdi import CdiFile
 from migplugin.kubelet.podresources import CHECKPOINT_NAME, UsageReader
 from migplugin.kubelet.sockets import NodeLock, remove_stale
 from migplugin.nvml.driver import Driver
-from migplugin.settings import Settings, describe
+from migplugin.nvml.driverfiles import DriverFiles
+from migplugin.nvml.nodes import CapabilityNodes, is_host_dev
+from migplugin.settings import DEFAULT, Settings, describe
 
 if TYPE_CHECKING:
     from migplugin.core.status import Status
@@ -41,7 +47,8 @@ OK, FAILED, USAGE, NO_DRIVER, INTERRUPTED = 0, 1, 2, 3, 130
 class Roots:
     """Where the driver and its files are found: on this machine, or in the simulation.
 
-    `dev` is the directory with `dev/` as we see it, `host_dev` the same as the host sees it.
+    `dev` is the directory with `dev/` as we see it, `host_dev` the same as the host sees it. Device nodes
+    are made below `node_dev`, if that `is_host`, by `make_node` where the driver is simulated.
     """
 
     library: object | None
@@ -49,6 +56,9 @@ class Roots:
     sysfs: Path
     dev: Path
     host_dev: str
+    node_dev: Path
+    is_host: bool
+    make_nodes: Callable[[], None] | None = None
 
 
 @contextlib.contextmanager
@@ -60,7 +70,9 @@ def roots(settings: Settings) -> Iterator[Roots]:
     if not settings.simulate:
         seen = (Path(settings.dev_root or "/"), settings.driver_root_ctr_path)
         dev = next((root for root in seen if (root / "dev").is_dir()), Path("/"))
-        yield Roots(None, settings.proc_root, settings.sysfs_root, dev, settings.host_dev_root)
+        node_dev = _host_dev(settings)
+        host = settings.host_dev_root
+        yield Roots(None, settings.proc_root, settings.sysfs_root, dev, host, node_dev, is_host_dev(node_dev))
         return
     from migplugin.sim.driver import Simulation  # noqa: PLC0415  the practice ground stays out of production
 
@@ -72,7 +84,18 @@ def roots(settings: Settings) -> Iterator[Roots]:
         dev = Path(settings.dev_root or simulation.dev_root)
         proc = simulation.proc_root if settings.proc_root == Path("/proc") else settings.proc_root
         sysfs = simulation.sysfs_root if settings.sysfs_root == Path("/sys") else settings.sysfs_root
-        yield Roots(simulation.library, proc, sysfs, dev, str(dev))
+        shows_host, make = simulation.shows_host, simulation.make_nodes
+        yield Roots(simulation.library, proc, sysfs, dev, str(dev), dev, shows_host, make)
+
+
+def _host_dev(settings: Settings) -> Path:
+    """Our view of the host's directory with `dev/`: below the mounted driver root, else at its own path."""
+    host, driver = PurePosixPath(settings.host_dev_root or "/"), PurePosixPath(settings.driver_root or "/")
+    if host.is_relative_to(driver):
+        seen = settings.driver_root_ctr_path / host.relative_to(driver)
+        if (seen / "dev").is_dir():
+            return seen
+    return Path(host) if (Path(host) / "dev").is_dir() else Path("/")
 
 
 async def serve(settings: Settings) -> int:
@@ -101,15 +124,21 @@ async def serve(settings: Settings) -> int:
             on_geometry=lambda: reconciler.geometry_changed(),  # noqa: PLW0108  made after the driver
             on_fault=lambda: reconciler.fault_arrived(),  # noqa: PLW0108
         )
-        reconciler = Reconciler(driver, _usage(settings), options(settings), Pace(settings.poll_interval))
+        reconciler = Reconciler(
+            driver,
+            _usage(settings),
+            options(settings, where.host_dev),
+            Pace(settings.poll_interval),
+            preparations=_preparations(settings, where),
+        )
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reconciler.geometry_changed)
         try:
-            return await _serve(settings, where, reconciler, stop)
+            return await _serve(settings, reconciler, stop)
         finally:
             await driver.close()
 
 
-async def _serve(settings: Settings, where: Roots, reconciler: Reconciler, stop: asyncio.Future[int]) -> int:
+async def _serve(settings: Settings, reconciler: Reconciler, stop: asyncio.Future[int]) -> int:
     if not await _unless(stop, reconciler.first()):
         return stop.result()
     if settings.fail_on_init_error and reconciler.world.driver_failed is not None:
@@ -131,10 +160,12 @@ async def _serve(settings: Settings, where: Roots, reconciler: Reconciler, stop:
             version, _ = await manager.incarnation.after(version)
             reconciler.kubelet_changed()
 
-    strategies = frozenset(settings.device_list_strategy)
-    edits = EditOptions(strategies, settings.pass_device_specs, where.host_dev)
     manager = Manager(
-        settings.kubelet_socket, reconciler.offers, edits, reconciler.grant, preferred=more_than_one_gpu
+        settings.kubelet_socket,
+        reconciler.offers,
+        reconciler.world.options.edits,
+        reconciler.grant,
+        preferred=more_than_one_gpu,
     )
     loops = [
         asyncio.ensure_future(keep_running("reconciler", reconciler.run)),
@@ -215,9 +246,65 @@ def warnings(settings: Settings) -> list[str]:
     return found
 
 
-def options(settings: Settings) -> Options:
+def options(settings: Settings, host_dev: str = "/") -> Options:
     """What the decision is to go by. Raises InputError where a section of the file does not make sense."""
-    return Options(Strategy(settings.mig_strategy), settings.removal_delay, settings.driver_grace)
+    edits = EditOptions(frozenset(settings.device_list_strategy), settings.pass_device_specs, host_dev)
+    return Options(Strategy(settings.mig_strategy), settings.removal_delay, settings.driver_grace, edits)
+
+
+def _preparations(settings: Settings, where: Roots) -> tuple[Preparation, ...]:
+    """What must be done before a device is offered. Nodes first: they take less."""
+    nodes = CapabilityNodes(
+        dev_root=where.node_dev,
+        is_host=where.is_host,
+        proc_root=where.proc,
+        driver_root=settings.driver_root_ctr_path,
+        make=where.make_nodes,
+    )
+    files = DriverFiles(settings.driver_root_ctr_path, where.proc, where.sysfs)
+    file = CdiFile(settings.cdi_root, cdi.FILE_NAME)
+    return Nodes(nodes), Publication(files, file, _cdi_options(settings, where, files))
+
+
+def _cdi_options(settings: Settings, where: Roots, files: DriverFiles) -> cdi.Options:
+    hook = settings.nvidia_cdi_hook_path
+    if settings.sources["nvidia_cdi_hook_path"] == DEFAULT and not files.has(hook):
+        hook = ""  # nobody said that it is there, and without it no container would start
+    return cdi.Options(
+        driver_root=settings.driver_root or "/",
+        dev_root=where.host_dev or "/",
+        hook=hook,
+        disabled_hooks=frozenset(settings.cdi_disable_hooks),
+        by_index=settings.device_id_strategy == "index",
+    )
+
+
+async def cdi_document(settings: Settings) -> Mapping[str, Any] | None:
+    """The CDI document for this node, None where it has no device: opens NVML itself, and writes nothing.
+
+    Raises InputError or SimulatorError for a simulation that cannot be made, DriverError.
+    """
+    with roots(settings) as where:
+        driver = _driver(settings, where, on_geometry=lambda: None, on_fault=lambda: None)
+        logging.getLogger("migplugin").setLevel(logging.CRITICAL)  # stderr is for what is wrong with it
+        try:
+            inventory = await driver.look()
+        finally:
+            await driver.close()
+        files = DriverFiles(settings.driver_root_ctr_path, where.proc, where.sysfs)
+        return cdi.document(inventory, files.facts(inventory), _cdi_options(settings, where, files))
+
+
+async def cdi_differences(settings: Settings) -> list[str]:
+    """Where NVIDIA's generator and we would write different documents, a sentence each.
+
+    Raises CdiError where there is no nvidia-ctk to ask, and what `cdi_document` raises.
+    """
+    from migplugin.core import cdi_diff  # noqa: PLC0415
+    from migplugin.kubelet.nvidia_ctk import generate  # noqa: PLC0415
+
+    theirs = await generate(settings.driver_root, settings.dev_root, cdi.VENDOR, cdi.CLASS)
+    return cdi_diff.differences(await cdi_document(settings) or {}, theirs)
 
 
 def _collect_garbage_again() -> None:

@@ -140,6 +140,38 @@ def config(check: bool, output: str, **flags: str | None) -> None:
         click.echo(f"warning: {finding}", err=True)
 
 
+@cli.group(invoke_without_command=True)
+@_options(STATUS)
+@click.pass_context
+def cdi(ctx: click.Context, /, **flags: str | None) -> None:
+    """Print the CDI document for this node; nothing is written."""
+    ctx.obj = flags
+    if ctx.invoked_subcommand is not None:
+        return
+    from migplugin import app  # noqa: PLC0415
+    from migplugin.kubelet.cdi import text  # noqa: PLC0415
+
+    document = asyncio.run(app.cdi_document(resolve(flags, os.environ)))
+    if document is None:
+        click.echo("no device on this node, so there is no document", err=True)
+    else:
+        click.echo(text(document), nl=False)
+
+
+@cdi.command()
+@click.pass_obj
+def diff(flags: dict[str, str | None]) -> None:
+    """Compare it with what `nvidia-ctk cdi generate` would write here: exit code 1 if they differ."""
+    from migplugin import app  # noqa: PLC0415
+
+    found = asyncio.run(app.cdi_differences(resolve(flags, os.environ)))
+    for line in found:
+        click.echo(line)
+    if found:
+        sys.exit(1)
+    click.echo("the same devices, nodes, mounts, hooks and variables", err=True)
+
+
 @cli.command()
 def demo() -> None:
     """Show the main job on a simulated node with two A100, within half a minute."""

@@ -14,6 +14,7 @@ from migplugin.core.document import Document
 from migplugin.errors import InputError
 
 SERVE, STATUS = "serve", "status"
+DEFAULT = "default"  # as the source of a value
 
 _DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)?")
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
@@ -433,7 +434,7 @@ def _given(
             return name, env[name]
     if setting.key in document.values:
         return f"{document.source}: {setting.key}", _text(setting, document)
-    return "default", setting.default
+    return DEFAULT, setting.default
 
 
 def _text(setting: Setting, document: Document) -> str:

@@ -43,7 +43,7 @@ class CapabilityNodes:
 
     `is_host` is false where that is only this container's own /dev, in which a node is of no use to
     anybody. `driver_root` is where nvidia-modprobe is looked for. `make` takes the place of mknod for a
-    simulated driver, whose nodes have no numbers to compare.
+    simulated driver: it makes all, and they have no numbers to compare.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class CapabilityNodes:
         is_host: bool,
         proc_root: Path,
         driver_root: Path,
-        make: Callable[[int], None] | None = None,
+        make: Callable[[], None] | None = None,
     ) -> None:
         self._dev_root = dev_root
         self._is_host = is_host
@@ -66,27 +66,23 @@ class CapabilityNodes:
     async def ensure(self, inventory: Inventory) -> Mapping[DeviceId, str]:
         """Why a device lacks a node on the host, for each that does after this. Raises nothing."""
         major = caps_major(self._proc_root)
+        needed = [(device.uuid, node) for gpu, device in inventory.devices() for node in _nodes(gpu, device)]
+        missing = [node for node in dict.fromkeys(n for _, n in needed) if not self._is_there(node, major)]
         refused: dict[Node, str] = {}
-        unready: dict[DeviceId, str] = {}
-        made = 0
-        for gpu, device in inventory.devices():
-            for node in _nodes(gpu, device):
-                if node not in refused and not self._is_there(node, major):
-                    if why := await self._put(node, major):
-                        refused[node] = why
-                    else:
-                        made += 1
-                if node in refused:
-                    unready.setdefault(
-                        device.uuid,
-                        f"{node.path} is missing on the host, {refused[node]}; run there: {_command(node)}",
-                    )
-        if made:
-            log.info("capability nodes made", extra={"nodes": made})
+        for node in missing:
+            if not self._is_there(node, major) and (why := await self._put(node, major)):
+                refused[node] = why
+        if len(missing) > len(refused):
+            log.info("capability nodes made", extra={"nodes": len(missing) - len(refused)})
         self._tell(refused)
         self._tried = {
             path: tried for path, tried in self._tried.items() if path in {n.path for n in refused}
         }
+        unready: dict[DeviceId, str] = {}
+        for id_, node in needed:
+            if node in refused:
+                reason = f"{node.path} is missing on the host, {refused[node]}; run there: {_command(node)}"
+                unready.setdefault(id_, reason)
         return unready
 
     def _is_there(self, node: Node, major: int | None) -> bool:
@@ -104,7 +100,7 @@ class CapabilityNodes:
             return await self._modprobe(node, major, "and the host's /dev is not mounted here")
         try:
             if self._make is not None:
-                self._make(node.minor)
+                self._make()
             elif major is None:
                 return f"and {self._proc_root}/devices has no line nvidia-caps"
             else:

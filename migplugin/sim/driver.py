@@ -8,6 +8,8 @@ that others share: it stays, and its files are derived again from its state, in 
 was killed between the two.
 """
 
+import errno
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,7 +17,8 @@ from types import TracebackType
 from typing import Self
 
 from migplugin.errors import InputError
-from migplugin.sim import abi, spec
+from migplugin.sim import abi, files, spec
+from migplugin.sim.privilege import ADMIN, privileges
 from migplugin.sim.store import Store
 
 
@@ -63,6 +66,18 @@ class Simulation:
     def dev_root(self) -> Path:
         """The directory that contains `dev/`, as NVIDIA's `--dev-root` has it."""
         return self.view
+
+    @property
+    def shows_host(self) -> bool:
+        """Whether `dev_root` is the host's, and not what a container has for itself."""
+        return self.view.name == files.HOST
+
+    def make_nodes(self) -> None:
+        """Make the missing capability nodes, as an admin may; OSError for anybody else."""
+        with self.store.change() as node:
+            if ADMIN not in privileges(node.switches, self.view):
+                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+            node.make_nodes()
 
     def close(self) -> None:
         if self._temporary:
