@@ -61,6 +61,7 @@ class Publication:
         self._thread: OwnerThread | None = None
         self._last: Inventory | None = None
         self._told = ""
+        self._lacking: tuple[str, ...] = ()
 
     async def prepare(self, inventory: Inventory, edits: EditOptions) -> Readiness:
         """Which devices a runtime would not find in the document now, and why."""
@@ -88,7 +89,9 @@ class Publication:
 
     def _publish(self, inventory: Inventory) -> tuple[str, frozenset[DeviceId]]:
         """Why the document could not be written, and which devices are then not in the one that is there."""
-        document = cdi.document(inventory, self._facts.facts(inventory), self._options)
+        facts = self._facts.facts(inventory)
+        self._tell_lacking(facts, inventory)
+        document = cdi.document(inventory, facts, self._options)
         if document is None and inventory.broken:
             # What does not answer is not gone, and a pod that holds it may restart its container.
             return "", frozenset()
@@ -97,3 +100,10 @@ class Publication:
         except CdiError as exc:
             return str(exc), cdi.missing(inventory, self._options, wanted=document, there=self._file.read())
         return "", frozenset()
+
+    def _tell_lacking(self, facts: cdi.Facts, inventory: Inventory) -> None:
+        lacking = cdi.lacking(facts, inventory)
+        for reason in lacking:
+            if reason not in self._lacking:
+                log.warning("the cdi document lacks something", extra={"reason": reason})
+        self._lacking = lacking

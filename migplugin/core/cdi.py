@@ -120,6 +120,21 @@ def unresolvable(inventory: Inventory, options: Options) -> Mapping[DeviceId, st
     return found
 
 
+def lacking(facts: Facts, inventory: Inventory) -> tuple[str, ...]:
+    """What a container will miss although the document is valid, a sentence each."""
+    found = []
+    if not facts.libraries:
+        found.append(
+            f"no libraries of driver {inventory.driver_version} below the driver root, containers get device "
+            "nodes only: mount the host's driver root and set --driver-root-ctr-path"
+        )
+    if facts.caps_major is None and any(gpu.devices for gpu in inventory.gpus):
+        found.append(
+            "no line nvidia-caps in /proc/devices, so a MIG device works only once its nodes are on the host"
+        )
+    return tuple(found)
+
+
 def names(inventory: Inventory, options: Options) -> Mapping[DeviceId, str]:
     """The name in the document of every device that is in it: NVIDIA's, by the strategy of ids."""
     left_out = unresolvable(inventory, options)
