@@ -166,9 +166,14 @@ async def test_nodes_that_are_late_are_made_before_the_device_is_offered(machine
     node.change(late)
     agent = await node.serve("--pass-device-specs")
     node.change(lambda made: made.gpus[0].create("1g.5gb"))
-    await node.until(lambda k: set(k.devices(MIG).values()) <= {"Healthy"} and len(healthy(k)) == 1)
-    assert len(host_nodes(node)) == 2
-    assert all(path.exists() for path in host_nodes(node))
+
+    def offered(kubelet: Kubelet) -> bool:
+        there = [path.exists() for path in host_nodes(node)]
+        assert "Unhealthy" not in kubelet.devices(MIG).values()
+        assert not healthy(kubelet) or there == [True, True], "offered before its nodes were there"
+        return len(healthy(kubelet)) == 1
+
+    await node.until(offered)
     await agent.until_said("capability nodes made", nodes=2)
 
 
@@ -236,3 +241,25 @@ async def test_a_major_number_that_cannot_be_read_is_said_and_the_runtime_looks_
     (device,) = document(node)["devices"]
     assert [set(made) for made in device["containerEdits"]["deviceNodes"]] == [{"path", "hostPath"}] * 3
     assert any("nvidia-caps" in said["reason"] for said in agent.said("the cdi document lacks something"))
+
+
+async def test_the_driver_s_files_are_told_as_the_host_has_them(machine: Start) -> None:
+    node = await machine("1xa100-40gb", running=False)
+    root = node.root / "driver"
+    for path in ("usr/lib64/libcuda.so.580.95.05", "usr/bin/nvidia-smi", "usr/bin/nvidia-ctk"):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text("")
+        (root / path).chmod(0o755)
+    flags = (f"--driver-root-ctr-path={root}", "--driver-root=/run/nvidia/driver")
+    common = json.loads(cdi(node, *flags).stdout)["containerEdits"]
+    assert [mount["hostPath"] for mount in common["mounts"]] == [
+        "/run/nvidia/driver/usr/lib64/libcuda.so.580.95.05",
+        "/run/nvidia/driver/usr/bin/nvidia-smi",
+    ]
+    assert {hook["path"] for hook in common["hooks"]} == {"/usr/bin/nvidia-ctk"}
+    (root / "usr/bin/nvidia-ctk").unlink()
+    assert "hooks" not in json.loads(cdi(node, *flags).stdout)["containerEdits"], (
+        "nobody said that it is there"
+    )
+    told = json.loads(cdi(node, *flags, "--nvidia-cdi-hook-path=/opt/nvidia-cdi-hook").stdout)
+    assert {hook["path"] for hook in told["containerEdits"]["hooks"]} == {"/opt/nvidia-cdi-hook"}
