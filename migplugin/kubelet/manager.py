@@ -111,6 +111,7 @@ class Manager:
 
     def _is_kubelet_there(self) -> bool:
         """Whether somebody answers at the kubelet's socket; where not, one line says so for all resources."""
+        self._look()
         reason = sockets.explain(self._socket)
         if reason and reason != self._away:
             log.warning("no kubelet, waiting for it", extra={"reason": reason})
