@@ -35,6 +35,7 @@ Incarnation = tuple[int, int, int]
 REGISTER_TIMEOUT = 15.0  # the kubelet dials back for 10 s before it says why it could not
 LISTED_WITHIN = 5.0
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
+AWAY_PAUSE = 1.0
 SETTLED_AFTER = 10.0  # a registration that held this long starts the pauses anew
 WATCH_WITHIN = 0.5
 LOOK_EVERY = 5.0  # inotify tells of a new kubelet at once; this is for the day when it does not
@@ -126,12 +127,14 @@ class Manager:
         pause, said = SHORTEST_PAUSE, ""
         loop = asyncio.get_running_loop()
         while self._is_wanted(resource):
+            if not self._is_kubelet_there():
+                await self._pause(AWAY_PAUSE)
+                continue
             incarnation = self.incarnation.value
             began = loop.time()
             reason = ""
             try:
-                if self._is_kubelet_there():
-                    await self._once(resource)
+                await self._once(resource)
             except KubeletError as exc:
                 reason = str(exc)
             if not self._is_wanted(resource):
@@ -146,11 +149,14 @@ class Manager:
                     extra={"resource": resource, "reason": reason, "retry_in": pause},
                 )
                 said = reason
-            spread = pause * random.uniform(0.8, 1.2)  # noqa: S311  not a secret
-            await first_of(
-                self.incarnation.after(self.incarnation.version), self._stopping.wait(), timeout=spread
-            )
+            await self._pause(pause * random.uniform(0.8, 1.2))  # noqa: S311  not a secret
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def _pause(self, seconds: float) -> None:
+        """At most `seconds`; a new kubelet, or the end, ends it."""
+        await first_of(
+            self.incarnation.after(self.incarnation.version), self._stopping.wait(), timeout=seconds
+        )
 
     async def _once(self, resource: ResourceName) -> None:
         """One registration, from the look at the directory to whatever ends it.
