@@ -8,6 +8,7 @@ either of them names is held, and only where both are silent is a device free.
 
 import errno
 import logging
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ class UsageReader:
         by_checkpoint = self._read_checkpoint()
         listed = await self._list()
         named_by_list = frozenset() if listed is None else listed[0]
-        absent = listed is None and not self.pod_resources_socket.parent.is_dir()
+        absent = listed is None and _is_missing(self.pod_resources_socket.parent)
         return Usage(
             began=began,
             checkpoint=Source.FAILED if by_checkpoint is None else Source.OK,
@@ -99,7 +100,7 @@ class UsageReader:
 
     async def _list(self) -> tuple[frozenset[Key], Holders] | None:
         """What pod-resources names, and by whom it is held; None where it does not answer."""
-        if not self.pod_resources_socket.exists():
+        if not _may_be_there(self.pod_resources_socket):
             return None
         # Imported here because gRPC is most of what a short command would load.
         import grpc.aio  # noqa: PLC0415
@@ -132,3 +133,16 @@ def _keys(resource: str, ids: Iterable[str]) -> list[Key]:
     """The ids that can be ours: by the resource's name, or by their own (a resource can be renamed)."""
     name = ResourceName(resource)
     return [(name, DeviceId(id_)) for id_ in ids if is_ours(name) or id_.startswith(("GPU-", "MIG-"))]
+
+
+def _may_be_there(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110  Path.exists raises where a directory may not be entered
+
+
+def _is_missing(directory: Path) -> bool:
+    """Whether `directory` is certainly not there; one that may not be looked at is there and silent."""
+    try:
+        directory.stat()
+    except OSError as exc:
+        return exc.errno in {errno.ENOENT, errno.ENOTDIR}
+    return False

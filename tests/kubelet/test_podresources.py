@@ -1,6 +1,9 @@
 """Who holds what, from a checkpoint that may be missing, damaged or huge."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +62,24 @@ async def test_a_directory_that_is_not_there_is_no_answer(tmp_path: Path) -> Non
     usage = await UsageReader(tmp_path / "x" / "kubelet_internal_checkpoint", NOWHERE).read(0.0)
     assert usage.checkpoint is Source.FAILED
     assert not usage.complete
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+@pytest.mark.parametrize("forbidden", ["pod-resources", "."])
+def test_a_socket_that_we_may_not_even_look_at_is_mounted_and_silent(short: Path, forbidden: str) -> None:
+    socket = short / "pod-resources" / "kubelet.sock"
+    socket.parent.mkdir()
+    short.chmod(0o755)
+    (short / forbidden).chmod(0o700)
+    code = (
+        "import asyncio, os, sys; from pathlib import Path\n"
+        "from migplugin.kubelet.podresources import UsageReader\n"
+        "os.setuid(65534); reader = UsageReader(Path('/nonexistent'), Path(sys.argv[1]))\n"
+        "print(asyncio.run(reader.read(0.0)).pod_resources)"
+    )
+    command = [sys.executable, "-c", code, str(socket)]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert said.stdout.strip() == Source.FAILED, said.stderr
 
 
 @pytest.mark.parametrize(
