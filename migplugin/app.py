@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import signal
 import socket
 import time
@@ -69,7 +70,7 @@ def roots(settings: Settings) -> Iterator[Roots]:
     """
     if not settings.simulate:
         seen = (Path(settings.dev_root or "/"), settings.driver_root_ctr_path)
-        dev = next((root for root in seen if (root / "dev").is_dir()), Path("/"))
+        dev = next(filter(_has_dev, seen), Path("/"))
         node_dev = _host_dev(settings)
         host = settings.host_dev_root
         yield Roots(None, settings.proc_root, settings.sysfs_root, dev, host, node_dev, is_host_dev(node_dev))
@@ -93,9 +94,13 @@ def _host_dev(settings: Settings) -> Path:
     host, driver = PurePosixPath(settings.host_dev_root or "/"), PurePosixPath(settings.driver_root or "/")
     if host.is_relative_to(driver):
         seen = settings.driver_root_ctr_path / host.relative_to(driver)
-        if (seen / "dev").is_dir():
+        if _has_dev(seen):
             return seen
-    return Path(host) if (Path(host) / "dev").is_dir() else Path("/")
+    return Path(host) if _has_dev(Path(host)) else Path("/")
+
+
+def _has_dev(root: Path) -> bool:
+    return os.path.isdir(root / "dev")  # noqa: PTH112  Path.is_dir raises where a root may not be entered
 
 
 async def serve(settings: Settings) -> int:

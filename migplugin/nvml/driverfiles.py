@@ -53,7 +53,7 @@ class DriverFiles:
             drm={gpu.pci_address: nodes for gpu in inventory.gpus if (nodes := self._drm(gpu.pci_address))},
             libraries=files.libraries,
             binaries=files.binaries,
-            sockets=tuple(path for path in SOCKETS if self._at(path).exists()),
+            sockets=tuple(path for path in SOCKETS if _is_there(self._at(path))),
             firmware=files.firmware,
         )
 
@@ -114,8 +114,12 @@ def caps_major(proc_root: Path) -> int | None:
     return major if 0 < major <= LARGEST_MAJOR else None
 
 
+def _is_there(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110  Path.exists raises where a directory may not be entered
+
+
 def _is_program(path: Path) -> bool:
-    return path.is_file() and os.access(path, os.X_OK)
+    return os.access(path, os.X_OK) and path.is_file()
 
 
 def _names(directory: Path) -> list[str]:

@@ -113,7 +113,7 @@ class CapabilityNodes:
     async def _modprobe(self, node: Node, major: int | None, otherwise: str) -> str:
         """Has the driver's own program make a node, now and then; "" or why it is still not there."""
         program = self._driver_root / MODPROBE.lstrip("/")
-        if not program.is_file():
+        if not (os.access(program, os.X_OK) and program.is_file()):
             return otherwise
         last, why = self._tried.get(node.path, (float("-inf"), ""))
         if time.monotonic() < last + MODPROBE_AGAIN:

@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,3 +135,31 @@ async def test_a_directory_that_goes_away_and_comes_back_is_served_again(machine
     await asyncio.sleep(0)
     await node.kubelet.start()
     await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+
+
+FORBIDDEN = """
+import asyncio, dataclasses, os, sys
+from pathlib import Path
+from migplugin import app, settings
+from migplugin.nvml.driverfiles import DriverFiles
+from migplugin.nvml.nodes import CapabilityNodes
+from tests.core.examples import SEVENTHS
+from migplugin.core.inventory import Inventory
+root = Path(sys.argv[1])
+given = settings.resolve({"dev_root": f"{root}/dev", "driver_root_ctr_path": f"{root}/drv"}, {})
+node = Inventory("1", (SEVENTHS,))
+nodes = CapabilityNodes(dev_root=root, is_host=False, proc_root=root, driver_root=root)
+os.setuid(65534)
+with app.roots(given) as roots:
+    print(roots.dev)
+print(len(DriverFiles(root, root, root).facts(node).sockets), DriverFiles(root, root, root).has("/usr/bin/x"))
+print(len(asyncio.run(nodes.ensure(node))))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+def test_directories_that_may_not_be_entered_are_as_if_they_were_not_there(root: Path) -> None:
+    root.chmod(0o700)
+    command = [sys.executable, "-c", FORBIDDEN, str(root)]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert said.stdout.split("\n") == ["/", "0 False", "7", ""], said.stderr
