@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 DEBOUNCE, DEBOUNCE_LATEST = 0.05, 0.2
 RETRY_SHORTEST, RETRY_LONGEST = 0.5, 15.0
+FAULTS_AGAIN = 0.5
 PREPARE_AGAIN = 2.0
 
 
@@ -69,6 +70,8 @@ class Reconciler:
         self._look_at = clock()
         self._retry = RETRY_SHORTEST
         self._prepare_at: float | None = None
+        self._faults_at: float | None = None
+        self._faults_soonest = clock()
 
     def grant(self, resource: ResourceName, ids: Collection[DeviceId]) -> None:
         """Remembers that Allocate has just handed out `ids`. There is no await between its check and this."""
@@ -82,7 +85,10 @@ class Reconciler:
         self._wake.set()
 
     def fault_arrived(self) -> None:
-        self._wake.set()
+        """An XID came. The first is told at once; in a storm they merge where they are for half a second."""
+        if self._faults_at is None:
+            self._faults_at = max(self._faults_soonest, self._clock())
+            self._wake.set()
 
     def kubelet_changed(self) -> None:
         """A new kubelet: who holds what is to be read again."""
@@ -109,7 +115,7 @@ class Reconciler:
         if self._usage_wanted or _is_due(self.outcome, now):
             self._usage_wanted = False
             self.world = replace(self.world, usage=await self._usage.read(self._clock()))
-        faults = self._driver.faults()
+        faults = self._take_faults()
         for fault in faults:
             log.warning(
                 "xid",
@@ -122,6 +128,13 @@ class Reconciler:
                 },
             )
         self._decide(faults)
+
+    def _take_faults(self) -> tuple[Fault, ...]:
+        now = self._clock()
+        if self._faults_at is None or now < self._faults_at:
+            return ()
+        self._faults_at, self._faults_soonest = None, now + FAULTS_AGAIN
+        return self._driver.faults()
 
     def _decide(self, faults: tuple[Fault, ...]) -> None:
         # From here to the published offers there is no await: Allocate sees the old world or the new one.
@@ -177,8 +190,7 @@ class Reconciler:
         """Until there is something to do."""
         outcome = self.outcome
         moments = [self._look_at]
-        if self._prepare_at is not None:
-            moments.append(self._prepare_at)
+        moments += [moment for moment in (self._prepare_at, self._faults_at) if moment is not None]
         if outcome is not None:
             moments += [moment for moment in (outcome.wake_at, outcome.usage_at) if moment is not None]
         await first_of(self._wake.wait(), timeout=max(min(moments) - self._clock(), 0.0))
