@@ -29,6 +29,7 @@ Command = Callable[[Kubelet, Path], tuple[str, ...]]
 def ours(kubelet: Kubelet, state: Path) -> tuple[str, ...]:
     return (
         *(sys.executable, "-m", "migplugin", "serve", f"--simulate={state}", "--removal-delay=1s"),
+        "--force-simulate",
         *(f"--kubelet-socket={kubelet.socket}", f"--pod-resources-socket={kubelet.pod_resources_socket}"),
     )
 

@@ -27,6 +27,7 @@ from migplugin.core import cdi
 from migplugin.core.allocation import EditOptions
 from migplugin.core.decide import Options
 from migplugin.core.resource import Strategy
+from migplugin.errors import InputError
 from migplugin.kubelet.cdi import CdiFile
 from migplugin.kubelet.podresources import CHECKPOINT_NAME, UsageReader
 from migplugin.kubelet.sockets import NodeLock, remove_stale
@@ -34,6 +35,8 @@ from migplugin.nvml.driver import Driver
 from migplugin.nvml.driverfiles import DriverFiles
 from migplugin.nvml.nodes import CapabilityNodes, is_host_dev
 from migplugin.settings import DEFAULT, Settings, describe
+from migplugin.telemetry.http import HttpServer
+from migplugin.telemetry.probes import Probes
 
 if TYPE_CHECKING:
     from migplugin.core.status import Status
@@ -106,8 +109,9 @@ def _has_dev(root: Path) -> bool:
 async def serve(settings: Settings) -> int:
     """Runs the agent until SIGTERM (answers 0) or SIGINT (130); 3 where the driver must be there and is not.
 
-    Raises InputError or SimulatorError for a simulation that cannot be made.
+    Raises InputError or SimulatorError for a simulation that cannot be made, or must not be.
     """
+    _refuse_painted_gpus(settings)
     stop = _stop_on_signals()
     log.info(
         "starting",
@@ -116,11 +120,14 @@ async def serve(settings: Settings) -> int:
     for warning in warnings(settings):
         log.warning("attention", extra={"reason": warning})
     with contextlib.ExitStack() as stack:
+        probes = stack.enter_context(_probes(settings))
         where = stack.enter_context(roots(settings))
         lock = NodeLock(settings.kubelet_socket.parent)
         stack.callback(lock.release)
+        probes.stage = "waiting for the node lock"
         if not await _unless(stop, lock.acquire()):
             return stop.result()
+        probes.stage = "waiting for the first look at the driver"
         if removed := remove_stale(settings.kubelet_socket.parent):
             log.info("removed stale sockets of ours", extra={"count": removed})
         driver = _driver(
@@ -138,12 +145,42 @@ async def serve(settings: Settings) -> int:
         )
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reconciler.geometry_changed)
         try:
-            return await _serve(settings, reconciler, stop)
+            return await _serve(settings, reconciler, stop, probes)
         finally:
             await driver.close()
 
 
-async def _serve(settings: Settings, reconciler: Reconciler, stop: asyncio.Future[int]) -> int:
+def _refuse_painted_gpus(settings: Settings) -> None:
+    """Raises InputError where a simulation would offer GPUs on a node that has a real driver."""
+    version = settings.proc_root / "driver/nvidia/version"
+    if settings.simulate and not settings.force_simulate and version.exists():
+        raise InputError(
+            f"--simulate: {version} says that a real driver is loaded here, and pods would be given GPUs "
+            "that do not exist; --force-simulate if that is meant"
+        )
+
+
+@contextlib.contextmanager
+def _probes(settings: Settings) -> Iterator[Probes]:
+    """What the probes are to say, answered over HTTP if the settings want it."""
+    probes = Probes()
+    address = settings.http_listen
+    if address is None:
+        yield probes
+        return
+    beat = asyncio.ensure_future(probes.beat())
+    server = HttpServer(address.host, address.port, probes.pages)
+    server.start()
+    try:
+        yield probes
+    finally:
+        server.close()
+        beat.cancel()
+
+
+async def _serve(
+    settings: Settings, reconciler: Reconciler, stop: asyncio.Future[int], probes: Probes
+) -> int:
     if not await _unless(stop, reconciler.first()):
         return stop.result()
     if settings.fail_on_init_error and reconciler.world.driver_failed is not None:
@@ -177,7 +214,9 @@ async def _serve(settings: Settings, reconciler: Reconciler, stop: asyncio.Futur
         asyncio.ensure_future(follow_kubelet()),
     ]
     serving = asyncio.ensure_future(keep_running("manager", manager.run))
+    probes.serving(manager.states, manager.dead)
     await stop
+    probes.stopping()
     began = time.monotonic()
     manager.stop()
     await serving

@@ -21,6 +21,17 @@ _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, 
 
 
 @dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen. An empty `host` is every address, port 0 any free one."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """Times in seconds. `sources` says where each value came from, `findings` what was not understood."""
 
@@ -57,6 +68,8 @@ class Settings:
     proc_root: Path
     sysfs_root: Path
     simulate: str
+    force_simulate: bool
+    http_listen: Address | None
     config_file: str
     strict_config: bool
     log_format: str
@@ -191,6 +204,20 @@ def parse_imex(text: str) -> tuple[str, ...]:
     if channels:
         raise ValueError("IMEX channels are not served here, expected none; NVIDIA's DRA driver has them")
     return channels
+
+
+def parse_address(text: str) -> Address | None:
+    """The address of ":9401", "127.0.0.1:9401" or "[::1]:9401"; "" is unset. Raises ValueError."""
+    if text == "":
+        return None
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        colon = ""
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError('expected an address such as ":9401", "127.0.0.1:9401" or "[::1]:9401"')
+    return Address(host, int(port))
 
 
 def parse_domain(text: str) -> str:
@@ -377,6 +404,16 @@ TABLE: tuple[Setting, ...] = (
         "Run on a simulated driver instead of a real one: a new node such as `1xa100-40gb=1g.5gb*7`, or a directory "
         "that `migplugin sim init` made. For trying and testing only.",
         commands=_BOTH,
+    ),
+    Setting(
+        "force_simulate", (), "", "false", parse_bool, "BOOL",
+        "Let `--simulate` serve also where a real driver is loaded. Without it such a node is refused, so that no "
+        "real workload lands on a GPU that does not exist.",
+        kind=bool,
+    ),
+    Setting(
+        "http_listen", ("MIGPLUGIN_HTTP_LISTEN",), _OURS + "httpListen", "", parse_address, "ADDRESS",
+        "Where `/healthz` and `/readyz` are answered for probes, such as `:9401` or `127.0.0.1:9401`; unset: nowhere.",
     ),
     Setting(
         "config_file", ("CONFIG_FILE",), "", "", str, "PATH",

@@ -62,6 +62,7 @@ class Manager:
         self._preferred = preferred
         self._stopping = asyncio.Event()
         self._tasks: dict[ResourceName, asyncio.Task[None]] = {}
+        self._servers: dict[ResourceName, tuple[Server, Incarnation]] = {}
         self._away = ""
         self._registered = asyncio.Event()
         self._looked = asyncio.Event()
@@ -89,6 +90,24 @@ class Manager:
 
     def stop(self) -> None:
         self._stopping.set()
+
+    def states(self) -> dict[str, bool]:
+        """Of each offered resource whether this kubelet knows it and has taken its list. From any thread."""
+        incarnation = self.incarnation.value
+        servers = dict(self._servers)
+
+        def is_known(resource: ResourceName) -> bool:
+            server, known_to = servers.get(resource, (None, None))
+            if server is None or known_to != incarnation:
+                return False
+            return server.plugin.listed.is_set() and not server.plugin.stream_ended.is_set()
+
+        return {resource: is_known(resource) for resource in self._offers.value.resources}
+
+    def dead(self) -> list[ResourceName]:
+        """Registered resources at whose socket nobody listens any more. From any thread."""
+        servers = [server for server, _ in tuple(self._servers.values())]
+        return [s.plugin.resource for s in servers if s.is_reachable() and not sockets.is_served(s.path)]
 
     async def _watch(self) -> None:
         # Importing watchdog takes as long as registering: first things first.
@@ -177,9 +196,11 @@ class Manager:
             await server.start()
             await self._register(server)
             self._registered.set()
+            self._servers[resource] = server, incarnation
             log.info("registered", extra={"resource": resource, "socket": server.path.name})
             await self._stay(server, incarnation)
         finally:
+            self._servers.pop(resource, None)
             # Also when cancelled: a stream left open, or a socket left behind, outlives us at the kubelet.
             await asyncio.shield(server.stop())
 

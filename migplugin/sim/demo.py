@@ -153,6 +153,7 @@ async def _restart(kubelet: Kubelet, held: str, story: Story) -> None:
 async def _agent(state: Path, kubelet: Kubelet, log: Path) -> AsyncIterator[asyncio.subprocess.Process]:
     command = (
         *(sys.executable, "-m", "migplugin", "serve", f"--simulate={state}", "--pass-device-specs"),
+        "--force-simulate",  # the kubelet is ours, so no real workload can come
         f"--kubelet-socket={kubelet.socket}",
         f"--pod-resources-socket={kubelet.pod_resources_socket}",
         f"--removal-delay={REMOVAL_DELAY:g}s",

@@ -95,6 +95,7 @@ class Machine:
     async def serve(self, *flags: str, **env: str) -> Agent:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "migplugin", "serve", "--log-format=json", f"--simulate={self.state}"),
+            "--force-simulate",
             f"--kubelet-socket={self.kubelet.socket}",
             f"--pod-resources-socket={self.kubelet.pod_resources_socket}",
             *flags,
