@@ -54,6 +54,7 @@ class Driver:
         self._faults: Mailbox[Scope, Fault] = Mailbox(merge)
         self._owner = OwnerThread("nvml")
         self._ended = False
+        self._told_lost = 0
         # From here on everything belongs to the owner thread.
         self._snapshots = Snapshots(proc_root, sysfs_root, dev_root)
         self._loaded = False
@@ -78,6 +79,9 @@ class Driver:
 
     def faults(self) -> tuple[Fault, ...]:
         """The XIDs since the last call, merged by scope, oldest first."""
+        if (lost := self._faults.dropped) > self._told_lost:
+            log.warning("too many XIDs at once, the oldest are lost", extra={"lost": lost - self._told_lost})
+            self._told_lost = lost
         return self._faults.take()
 
     async def look(self, *, suspect: bool = False) -> Inventory:

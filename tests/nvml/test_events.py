@@ -86,6 +86,22 @@ async def test_ten_thousand_xids_are_one_fault_and_do_not_flood_the_loop() -> No
             assert watched.told["fault"] <= 2
 
 
+async def test_more_different_faults_than_are_kept_are_said_to_be_lost(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with machine(SEVEN) as place:
+        async with watching(place) as watched:
+            await watched.driver.look()
+            watched.driver._faults._limit = 2
+            for xid in (13, 31, 43, 45):
+                place.xid(xid)
+            await until(lambda: watched.told["fault"] and watched.driver._faults.dropped == 2)
+            assert [fault.xid for fault in watched.driver.faults()] == [43, 45]
+            assert watched.driver.faults() == ()
+    said = [record for record in caplog.records if "lost" in record.message]
+    assert [vars(record)["lost"] for record in said] == [2]
+
+
 async def test_a_change_of_geometry_is_told_and_then_seen() -> None:
     with machine("2xa100-40gb=") as place:
         async with watching(place) as watched:
