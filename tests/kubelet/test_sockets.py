@@ -84,8 +84,12 @@ def test_every_server_gets_a_new_name_that_fits(short: Path) -> None:
 
 
 def test_a_path_too_long_for_a_socket_is_refused_before_it_is_bound() -> None:
-    with pytest.raises(KubeletError, match="too long for a socket, at most 107"):
-        new_socket_path(Path("/tmp") / ("x" * 90), "nvidia.com/gpu")
+    def refusal() -> str:
+        with pytest.raises(KubeletError, match="too long for a socket, at most 107") as caught:
+            new_socket_path(Path("/tmp") / ("x" * 90), "nvidia.com/gpu")
+        return str(caught.value)
+
+    assert refusal() == refusal(), "a reason that differs each time is logged each time"
 
 
 def test_only_our_sockets_that_nobody_serves_are_removed(short: Path) -> None:
