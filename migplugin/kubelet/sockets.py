@@ -83,9 +83,8 @@ def new_socket_path(directory: Path, resource: str) -> Path:
     path = directory / f"migplugin-{suffix}-{os.urandom(3).hex()}.sock"
     if len(os.fsencode(path)) > SOCKET_PATH_LIMIT:
         raise KubeletError(
-            f"{directory}/migplugin-{suffix}-<random>.sock: {len(os.fsencode(path))} bytes are too long for a "
-            f"socket, at most {SOCKET_PATH_LIMIT}; "
-            "mount the kubelet's directory at a shorter path"
+            f"{directory}/migplugin-{suffix}-<random>.sock: {len(os.fsencode(path))} bytes are too long "
+            f"for a socket, at most {SOCKET_PATH_LIMIT}; mount the kubelet's directory at a shorter path"
         )
     return path
 
