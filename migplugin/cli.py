@@ -5,9 +5,10 @@ start fast, and `--help` faster.
 """
 
 import asyncio
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -77,6 +78,10 @@ def serve(**flags: str | None) -> None:
     from migplugin.telemetry.log import configure  # noqa: PLC0415
 
     configure(settings.log_level, settings.log_format)
+    if name := click.get_current_context().find_root().obj:
+        logging.getLogger(__name__).info(
+            "this is migplugin serve under another name", extra={"called": name, "version": __version__}
+        )
     from migplugin import app  # noqa: PLC0415
 
     sys.exit(asyncio.run(app.serve(settings)))
@@ -180,10 +185,13 @@ def demo() -> None:
     sys.exit(run())
 
 
-def main() -> None:
-    """Every foreseeable failure is one line on stderr and an exit code: 1 failed, 2 wrong input."""
+def main(words: Sequence[str] | None = None, name: str | None = None) -> None:
+    """Every foreseeable failure is one line on stderr and an exit code: 1 failed, 2 wrong input.
+
+    `words` stand for those of the command line, and `name` for that of the program, where they are given.
+    """
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(words, name, standalone_mode=False, obj=name)
     except click.exceptions.Abort:
         code = 130
     except click.ClickException as exc:

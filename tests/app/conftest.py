@@ -93,12 +93,22 @@ class Machine:
             function(node)
 
     async def serve(self, *flags: str, **env: str) -> Agent:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "migplugin", "serve", "--log-format=json", f"--simulate={self.state}"),
-            "--force-simulate",
+        return await self.run(
+            *(sys.executable, "-m", "migplugin", "serve", "--log-format=json", *self.simulated),
             f"--kubelet-socket={self.kubelet.socket}",
             f"--pod-resources-socket={self.kubelet.pod_resources_socket}",
             *flags,
+            **env,
+        )
+
+    @property
+    def simulated(self) -> tuple[str, str]:
+        """The flags that an agent needs to run on this node's driver."""
+        return f"--simulate={self.state}", "--force-simulate"
+
+    async def run(self, *words: str, **env: str) -> Agent:
+        process = await asyncio.create_subprocess_exec(
+            *words,
             stderr=asyncio.subprocess.PIPE,
             env={"PATH": os.environ["PATH"], **env},
         )
