@@ -160,6 +160,8 @@ class EventThread:
             try:
                 event = binding.wait(self._events, min(LIVELY_WAIT_MS, WAIT_MS) if lively else WAIT_MS)
             except DriverError as exc:
+                if self._stop.is_set():
+                    return
                 self.failing = True
                 if self._patience.failed():
                     log.warning("waiting for events failed, will try again", extra={"reason": str(exc)})

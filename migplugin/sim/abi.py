@@ -53,6 +53,11 @@ class Library:
         self._session = Session(store)
         self._closures: dict[str, Any] = {}
         self._texts: dict[int, ctypes.Array[ctypes.c_char]] = {}
+        self._closed = False
+
+    def close(self) -> None:
+        """The driver behind it goes away: a thread that may still wait in it is no failure."""
+        self._closed = True
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -78,7 +83,8 @@ class Library:
             except (Refusal, Injected) as exc:
                 return int(exc.code)
             except SimulatorError as exc:
-                log.error("simulated driver failed", extra={"call": name, "error": str(exc)})  # noqa: TRY400
+                if not self._closed:
+                    log.error("simulated driver failed", extra={"call": name, "error": str(exc)})  # noqa: TRY400
                 return Code.UNKNOWN
             except BaseException:
                 log.exception("simulated driver crashed", extra={"call": name})

@@ -28,7 +28,8 @@ class Simulation:
     def __init__(self, store: Store, *, temporary: bool) -> None:
         self.store = store
         self.state_dir: Path = store.state_dir
-        self.library: object = abi.Library(store)
+        self._library = abi.Library(store)
+        self.library: object = self._library
         self._temporary = temporary
 
     @classmethod
@@ -80,6 +81,7 @@ class Simulation:
             node.make_nodes()
 
     def close(self) -> None:
+        self._library.close()
         if self._temporary:
             shutil.rmtree(self.state_dir, ignore_errors=True)
 

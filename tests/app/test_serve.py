@@ -163,6 +163,15 @@ async def test_a_signal_ends_the_streams_and_removes_the_sockets_within_two_seco
     assert node.kubelet.capacity(MIG) == 9, "ending is no reason to take devices away"
 
 
+async def test_the_end_of_a_simulation_is_no_failure_of_its_driver(machine: Start) -> None:
+    node = await machine("1xa30")
+    agent = await node.serve("--simulate=1xa30=1g.6gb")
+    await node.until(lambda _: node.allocatable("1g.6gb") == 1)
+    await agent.until_said("registered")
+    assert await agent.end() == 0
+    assert agent.lines[-1]["message"] == "stopped"
+
+
 async def test_nvidia_s_plugin_keeps_what_it_serves_until_it_is_gone(machine: Start) -> None:
     node = await machine("1xa100-40gb=1g.5gb*2:3g.20gb")
     server = await asyncio.start_unix_server(
