@@ -5,6 +5,7 @@ start fast, and `--help` faster.
 """
 
 import asyncio
+import errno
 import logging
 import os
 import sys
@@ -190,13 +191,17 @@ def main(words: Sequence[str] | None = None, name: str | None = None) -> None:
 
     `words` stand for those of the command line, and `name` for that of the program, where they are given.
     """
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  closed by who started us, for us to go on
     try:
         code = cli.main(words, name, standalone_mode=False, obj=name)
     except click.exceptions.Abort:
         code = 130
-    except click.ClickException as exc:
+    except click.exceptions.NoArgsIsHelpError as exc:
         exc.show()
         code = exc.exit_code
+    except click.ClickException as exc:
+        code = _fail(_one_line(exc), exc.exit_code)
     except InputError as exc:
         code = _fail(str(exc), 2)
     except MigpluginError as exc:
@@ -204,7 +209,20 @@ def main(words: Sequence[str] | None = None, name: str | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except OSError as exc:
+        if exc.filename is not None or exc.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EIO}:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = _fail(f"cannot write the output: {(exc.strerror or str(exc)).lower()}", 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _one_line(exc: click.ClickException) -> str:
+    """What click says in three lines, in the way of our own errors."""
+    text = exc.format_message().rstrip(".")
+    text = text[:1].lower() + text[1:]
+    ctx = exc.ctx if isinstance(exc, click.UsageError) else None
+    return text if ctx is None else f"{text}; see {ctx.command_path} --help"
 
 
 def _fail(reason: str, code: int) -> int:
