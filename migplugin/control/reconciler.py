@@ -17,7 +17,7 @@ from types import MappingProxyType
 from migplugin.aio import Cell, first_of
 from migplugin.control.ports import Driver, Preparation, UsageSource
 from migplugin.core.allocation import Offers
-from migplugin.core.decide import Fault, Key, Options, Outcome, World, decide
+from migplugin.core.decide import Fault, Key, Options, Outcome, Usage, World, decide
 from migplugin.core.inventory import DeviceId, Inventory
 from migplugin.core.resource import ResourceName
 from migplugin.errors import DriverError
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 DEBOUNCE, DEBOUNCE_LATEST = 0.05, 0.2
 RETRY_SHORTEST, RETRY_LONGEST = 0.5, 15.0
 FAULTS_AGAIN = 0.5
+USAGE_WITHIN = 0.25
 PREPARE_AGAIN = 2.0
 
 
@@ -72,6 +73,7 @@ class Reconciler:
         self._prepare_at: float | None = None
         self._faults_at: float | None = None
         self._faults_soonest = clock()
+        self._reading: asyncio.Future[Usage] | None = None
 
     def grant(self, resource: ResourceName, ids: Collection[DeviceId]) -> None:
         """Remembers that Allocate has just handed out `ids`. There is no await between its check and this."""
@@ -97,24 +99,27 @@ class Reconciler:
 
     async def first(self) -> None:
         """The first decision: after it `offers` is what the kubelet may be shown."""
-        await self._step()
+        await self._step(usage_within=None)
 
     async def run(self) -> None:
         """Runs until cancelled."""
-        while True:
-            await self._wait()
-            await self._step()
+        try:
+            while True:
+                await self._wait()
+                await self._step(usage_within=USAGE_WITHIN)
+        finally:
+            if self._reading is not None:
+                self._reading.cancel()
+                self._reading = None
 
-    async def _step(self) -> None:
+    async def _step(self, *, usage_within: float | None) -> None:
         now = self._clock()
         suspect = self._changed_at is not None
         if suspect or now >= self._look_at:
             self._changed_at = None
             await self._look(suspect=suspect)
         await self._prepare()
-        if self._usage_wanted or _is_due(self.outcome, now):
-            self._usage_wanted = False
-            self.world = replace(self.world, usage=await self._usage.read(self._clock()))
+        await self._read_usage(now, within=usage_within)
         faults = self._take_faults()
         for fault in faults:
             log.warning(
@@ -128,6 +133,22 @@ class Reconciler:
                 },
             )
         self._decide(faults)
+
+    async def _read_usage(self, now: float, *, within: float | None) -> None:
+        """A kubelet that does not say who holds what is waited for no longer than `within`."""
+        self._note_usage()
+        if self._reading is None and (self._usage_wanted or _is_due(self.outcome, now)):
+            self._usage_wanted = False
+            self._reading = asyncio.ensure_future(self._usage.read(self._clock()))
+            await asyncio.wait((self._reading,), timeout=within)
+            self._note_usage()
+            if self._reading is not None:
+                self._reading.add_done_callback(lambda _: self._wake.set())
+
+    def _note_usage(self) -> None:
+        if self._reading is not None and self._reading.done():
+            reading, self._reading = self._reading, None
+            self.world = replace(self.world, usage=reading.result())
 
     def _take_faults(self) -> tuple[Fault, ...]:
         now = self._clock()
@@ -192,7 +213,8 @@ class Reconciler:
         moments = [self._look_at]
         moments += [moment for moment in (self._prepare_at, self._faults_at) if moment is not None]
         if outcome is not None:
-            moments += [moment for moment in (outcome.wake_at, outcome.usage_at) if moment is not None]
+            usage_at = outcome.usage_at if self._reading is None else None
+            moments += [moment for moment in (outcome.wake_at, usage_at) if moment is not None]
         await first_of(self._wake.wait(), timeout=max(min(moments) - self._clock(), 0.0))
         self._wake.clear()
         latest = None if self._changed_at is None else self._changed_at + DEBOUNCE_LATEST

@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 import pytest
 
 from migplugin.control.reconciler import FAULTS_AGAIN, Pace, Reconciler
-from migplugin.core.decide import Fault, Options, Usage
+from migplugin.core.decide import Fault, Options, Source, Usage
 from migplugin.core.inventory import Inventory
-from tests.core.examples import SEVENTHS, inventory
+from tests.core.examples import ASSORTED, SEVENTHS, inventory
 
 
 class Told:
@@ -18,10 +19,12 @@ class Told:
 
     def __init__(self) -> None:
         self.xids: list[int] = []
-        self.taken = 0
+        self.taken = self.looks = 0
+        self.shown = inventory(SEVENTHS)
 
     async def look(self, *, suspect: bool = False) -> Inventory:
-        return inventory(SEVENTHS)
+        self.looks += 1
+        return self.shown
 
     def faults(self) -> tuple[Fault, ...]:
         self.taken += bool(self.xids)
@@ -51,3 +54,48 @@ async def test_a_storm_of_xids_is_told_now_and_then_and_whole(caplog: pytest.Log
         running.cancel()
     assert sum(vars(record)["count"] for record in caplog.records) == 300
     assert len(caplog.records) == driver.taken <= 4
+
+
+class Silent:
+    """A kubelet that answers the first question and then no other, until it is let."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.let = asyncio.Event()
+
+    async def read(self, began: float) -> Usage:
+        self.asked += 1
+        if self.asked > 1:
+            await self.let.wait()
+        return Usage(began=began, checkpoint=Source.OK)
+
+
+async def test_a_kubelet_that_does_not_say_who_holds_what_holds_no_change_back() -> None:
+    driver, usage = Told(), Silent()
+    reconciler = Reconciler(driver, usage, Options(), Pace())
+    await reconciler.first()
+    running = asyncio.ensure_future(reconciler.run())
+    try:
+        reconciler.kubelet_changed()
+        await until(lambda: usage.asked == 2)
+        for shown in (inventory(ASSORTED), inventory(SEVENTHS), inventory(ASSORTED)):
+            driver.shown = shown
+            version = reconciler.offers.version
+            reconciler.geometry_changed()
+            await asyncio.wait_for(reconciler.offers.after(version), 2.0)
+        steps = driver.looks
+        reconciler.kubelet_changed()
+        await asyncio.sleep(0.1)
+        assert (usage.asked, driver.looks) == (2, steps), "one question at a time, and no spinning meanwhile"
+        began = reconciler.world.usage.began
+        usage.let.set()
+        await until(lambda: usage.asked >= 3 and reconciler.world.usage.began > began)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def until(claim: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not claim():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
