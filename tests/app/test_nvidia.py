@@ -201,7 +201,7 @@ def test_their_switches_stand_alone_or_with_gos_spellings(flag: str) -> None:
         (["--device-discovery-strategy=tegra"], "Tegra has no MIG"),
         (["--imex-channel-ids=0"], "IMEX channels are not served here"),
         (["-mig-strategy=some"], "expected none, single or mixed"),
-        (["--mps-roots=/x"], "No such option"),
+        (["--mps-roots=/x"], "no such option"),
     ],
 )
 def test_what_is_not_served_here_is_refused_with_a_reason(words: list[str], reason: str) -> None:
