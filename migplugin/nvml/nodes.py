@@ -23,7 +23,8 @@ from migplugin.nvml.driverfiles import caps_major
 log = logging.getLogger(__name__)
 
 MODPROBE = "/usr/bin/nvidia-modprobe"
-MODPROBE_WITHIN = 10.0
+MODPROBE_WITHIN = 5.0
+KILLED_WITHIN = 0.5
 MODPROBE_AGAIN = 60.0
 COMMAND_SHOWS = 20
 
@@ -61,6 +62,7 @@ class CapabilityNodes:
         self._driver_root = driver_root
         self._make = make
         self._tried: dict[str, tuple[float, str]] = {}
+        self._hung = float("-inf")
         self._told: frozenset[str] = frozenset()
 
     async def ensure(self, inventory: Inventory) -> Mapping[DeviceId, str]:
@@ -112,15 +114,23 @@ class CapabilityNodes:
 
     async def _modprobe(self, node: Node, major: int | None, otherwise: str) -> str:
         """Has the driver's own program make a node, now and then; "" or why it is still not there."""
+        hung = f"and {MODPROBE} does not end within {MODPROBE_WITHIN:g} s"
         program = self._driver_root / MODPROBE.lstrip("/")
         if not (os.access(program, os.X_OK) and program.is_file()):
             return otherwise
         last, why = self._tried.get(node.path, (float("-inf"), ""))
         if time.monotonic() < last + MODPROBE_AGAIN:
             return why
+        if time.monotonic() < self._hung + MODPROBE_AGAIN:
+            return hung
         # It makes nodes in the /dev that it sees, so it must see the host's.
         inside = ("chroot", str(self._driver_root)) if self._driver_root != Path("/") else ()
-        why = await _run(*inside, MODPROBE, "-f", node.access)
+        try:
+            why = await _run(*inside, MODPROBE, "-f", node.access)
+        except TimeoutError:
+            # For the next node it would hang as well, and all the while nothing else would be seen.
+            self._hung = time.monotonic()
+            return hung
         if not why and not self._is_there(node, major):
             why = "and nvidia-modprobe did not make it"
         self._tried[node.path] = time.monotonic(), why
@@ -187,7 +197,7 @@ def _command(*nodes: Node) -> str:
 
 
 async def _run(*command: str) -> str:
-    """Why a command failed, or ""."""
+    """Why a command failed, or "". Raises TimeoutError where it does not end."""
     program = command[-3]
     try:
         process = await asyncio.create_subprocess_exec(
@@ -198,13 +208,13 @@ async def _run(*command: str) -> str:
     try:
         async with asyncio.timeout(MODPROBE_WITHIN):
             _, said = await process.communicate()
-    except TimeoutError:
-        return f"and {program} does not end within {MODPROBE_WITHIN:g} s"
     finally:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-            await process.wait()
+            # Inside a hung driver it cannot be killed.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), KILLED_WITHIN)
     if process.returncode:
         words = said.decode(errors="replace").strip().splitlines()
         return f"and {program} ended with {process.returncode}: {words[-1] if words else 'without a word'}"

@@ -1,9 +1,11 @@
 """Capability nodes that are missing on the host: made, or named with the command to run."""
 
+import asyncio
 import errno
 import logging
 import os
 import stat
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -179,6 +181,29 @@ async def test_a_program_that_does_nothing_or_hangs_is_a_reason(
     monkeypatch.setattr(nodes, "MODPROBE_WITHIN", 0.1)
     unready = await maker(tmp_path, is_host=False, driver="driver").ensure(NODE)
     assert "does not end within 0.1 s" in unready[DEVICE.uuid]
+
+
+async def test_a_program_that_hangs_is_waited_for_once_and_not_for_each_node(
+    tmp_path: Path, modprobe: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = modprobe("exec tail -f /dev/null")
+    monkeypatch.setattr(nodes, "MODPROBE_WITHIN", 0.1)
+    ours = maker(tmp_path, is_host=False, driver="driver")
+    for _ in range(2):
+        assert "does not end within" in (await ours.ensure(NODE))[DEVICE.uuid]
+    assert len(asked.read_text().splitlines()) == 1
+
+
+async def test_a_program_that_cannot_even_be_killed_holds_nothing_back(
+    tmp_path: Path, modprobe: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modprobe("exec sleep 3")
+    monkeypatch.setattr(nodes, "MODPROBE_WITHIN", 0.1)
+    monkeypatch.setattr(asyncio.subprocess.Process, "kill", lambda _: None)
+    began = time.monotonic()
+    assert "does not end" in (await maker(tmp_path, is_host=False, driver="driver").ensure(NODE))[DEVICE.uuid]
+    assert time.monotonic() - began < 2.0
+    await asyncio.sleep(max(3.2 - (time.monotonic() - began), 0))  # its end is seen on this loop
 
 
 @pytest.mark.parametrize(
