@@ -208,8 +208,10 @@ class Manager:
         """Returns when this registration has to end, and raises KubeletError when it ended by itself."""
         plugin = server.plugin
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(plugin.listed.wait(), LISTED_WITHIN)
-        if not plugin.listed.is_set():
+            async with asyncio.timeout(LISTED_WITHIN):
+                while not plugin.listed.is_set() and self._lives(server, incarnation):
+                    await first_of(plugin.listed.wait(), self._looked.wait(), self._stopping.wait())
+        if not plugin.listed.is_set() and self._lives(server, incarnation):
             raise KubeletError(f"{plugin.resource}: registered, but the kubelet did not ask for the list")
         while self._is_wanted(plugin.resource) and not plugin.stream_ended.is_set():
             if self.incarnation.value != incarnation or not server.is_reachable():
@@ -221,10 +223,15 @@ class Manager:
                 self._stopping.wait(),
                 self._offers.after(self._offers.version),
             )
-        if self._is_wanted(plugin.resource) and self.incarnation.value == incarnation:
-            self._look()
-            if self.incarnation.value == incarnation:
-                raise KubeletError(f"{plugin.resource}: the kubelet ended the list stream")
+        self._look()
+        # Where nobody answers any more, that is said once for all resources.
+        if self._lives(server, incarnation) and not sockets.explain(self._socket):
+            raise KubeletError(f"{plugin.resource}: the kubelet ended the list stream")
+
+    def _lives(self, server: Server, incarnation: Incarnation) -> bool:
+        """Whether there is nothing that would end a registration with this kubelet."""
+        known = self.incarnation.value == incarnation and server.is_reachable()
+        return known and self._is_wanted(server.plugin.resource)
 
     async def _register(self, server: Server) -> None:
         resource = server.plugin.resource
