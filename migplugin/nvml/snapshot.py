@@ -7,7 +7,7 @@ and profiles) is asked once; what lives is asked every time.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +92,7 @@ class Snapshots:
     """Takes looks, on the thread that owns NVML."""
 
     def __init__(self, proc_root: Path, sysfs_root: Path, dev_root: Path) -> None:
+        self._proc_root = proc_root
         self._capabilities = Capabilities(proc_root)
         self._sysfs_root = sysfs_root
         self._dev_root = dev_root
@@ -133,9 +134,19 @@ class Snapshots:
             gpus=tuple(gpus),
             broken=tuple(BrokenGpu(i, uuid or self._last_uuid(i, named), why) for i, uuid, why in broken),
             control_nodes=control_nodes(self._dev_root),
-            unreadable=(PRIVILEGE_MISSING,) if refused else (),
+            unreadable=tuple(self._unreadable(gpus, refused=refused)),
         )
         return Look(inventory, frozenset(disagreements), hidden)
+
+    def _unreadable(self, gpus: Iterable[Gpu], *, refused: bool) -> Iterator[str]:
+        if refused:
+            yield PRIVILEGE_MISSING
+        if any(None in {device.gi_minor, device.ci_minor} for gpu in gpus for device in gpu.devices):
+            yield (
+                f"the driver's files below {self._proc_root}/driver do not tell the capability nodes of MIG "
+                "devices: only the NVIDIA runtime can give a container the right ones, "
+                "--pass-device-specs cannot; mount the host's /proc and name it with --proc-root"
+            )
 
     def _last_uuid(self, index: int, named: AbstractSet[GpuUuid]) -> GpuUuid | None:
         """Who a GPU was that does not even tell its UUID, unless that one was found elsewhere."""

@@ -210,7 +210,11 @@ def test_capability_minors_come_from_the_static_table_where_the_files_are_hidden
 def test_a_driver_without_any_capability_files_leaves_the_minors_open() -> None:
     with machine(SEVEN, runtime_view="container") as place:
         (place.simulation.proc_root / "driver/nvidia-caps/mig-minors").unlink()
-        assert {(d.gi_minor, d.ci_minor) for d in only_gpu(place.look()).devices} == {(None, None)}
+        look = place.look()
+        assert {(d.gi_minor, d.ci_minor) for d in only_gpu(look).devices} == {(None, None)}
+        (sentence,) = look.inventory.unreadable
+        assert str(place.simulation.proc_root) in sentence
+        assert "--proc-root" in sentence
 
 
 def test_swapped_gpu_instance_ids_do_not_move_the_placement() -> None:
