@@ -8,12 +8,15 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from migplugin.core import cdi
 from migplugin.core.inventory import DeviceId
 from migplugin.core.resource import Device, ResourceName
 from migplugin.errors import AllocationRefused
 
 ENVVAR = "envvar"
 VOLUME_MOUNTS = "volume-mounts"
+CDI_ANNOTATIONS = "cdi-annotations"
+CDI_CRI = "cdi-cri"
 VISIBLE_DEVICES = "NVIDIA_VISIBLE_DEVICES"
 MOUNT_ROOT = "/var/run/nvidia-container-devices"
 MAX_DEVICES_IN_REQUEST = 4096
@@ -53,11 +56,18 @@ class Offers:
 
 @dataclass(frozen=True, slots=True)
 class EditOptions:
-    """`dev_root` is the host's directory that contains `dev/`."""
+    """How containers are told their devices.
+
+    `dev_root` is the host's directory that contains `dev/`; `features` are those of GDRCOPY, GDS and
+    MOFED that the NVIDIA runtime is asked for.
+    """
 
     device_list_strategies: frozenset[str] = frozenset({ENVVAR})
     pass_device_specs: bool = False
     dev_root: str = "/"
+    device_id_strategy: str = "uuid"
+    cdi_annotation_prefix: str = "cdi.k8s.io/"
+    features: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +86,13 @@ class DeviceNode:
 
 @dataclass(frozen=True, slots=True)
 class Edits:
-    """What one container gets."""
+    """What one container gets; `cdi_devices` are fully qualified names."""
 
     envs: Mapping[str, str]
     mounts: tuple[Mount, ...] = ()
     nodes: tuple[DeviceNode, ...] = ()
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    cdi_devices: tuple[str, ...] = ()
 
 
 def check(resource: ResourceName, ids: Iterable[str], offers: Offers) -> tuple[OfferedDevice, ...]:
@@ -121,25 +133,39 @@ def check(resource: ResourceName, ids: Iterable[str], offers: Offers) -> tuple[O
     return tuple(found.values())
 
 
-def edits(resource: ResourceName, ids: Iterable[str], offers: Offers, options: EditOptions) -> Edits:
+def edits(
+    resource: ResourceName, ids: Iterable[str], offers: Offers, options: EditOptions, token: str = ""
+) -> Edits:
     """The container edits for the devices `ids` of `resource` (nvidia-device-plugin.md 4.1).
 
-    Raises AllocationRefused as `check` does.
+    `token` makes the key of the CDI annotation differ from all others of a pod. Raises AllocationRefused
+    as `check` does.
     """
     devices = [offered.device for offered in check(resource, ids, offers)]
-    envs: dict[str, str] = {}
+    by_index = options.device_id_strategy == "index"
+    names = [device.index if by_index else device.id for device in devices]
+    strategies = options.device_list_strategies
+    qualified = tuple(f"{cdi.KIND}={name}" for name in names)
+    envs = {f"NVIDIA_{feature}": "enabled" for feature in options.features}
+    annotations = {}
+    if CDI_ANNOTATIONS in strategies:
+        annotations[f"{options.cdi_annotation_prefix}nvidia-device-plugin_{token}"] = ",".join(qualified)
+    cdi_devices = qualified if CDI_CRI in strategies else ()
+    if cdi.is_alone(strategies):
+        # The runtime makes nodes and environment by the CDI document; anything here would contradict it.
+        return Edits(envs, annotations=annotations, cdi_devices=cdi_devices)
     mounts: tuple[Mount, ...] = ()
     nodes: tuple[DeviceNode, ...] = ()
-    if ENVVAR in options.device_list_strategies:
-        envs[VISIBLE_DEVICES] = ",".join(device.id for device in devices)
-    if VOLUME_MOUNTS in options.device_list_strategies:
+    if ENVVAR in strategies:
+        envs[VISIBLE_DEVICES] = ",".join(names)
+    if VOLUME_MOUNTS in strategies:
         envs[VISIBLE_DEVICES] = MOUNT_ROOT
-        mounts = tuple(Mount("/dev/null", f"{MOUNT_ROOT}/{device.id}") for device in devices)
+        mounts = tuple(Mount("/dev/null", f"{MOUNT_ROOT}/{name}") for name in names)
     if options.pass_device_specs:
         paths = dict.fromkeys((*offers.control_nodes, *(node for device in devices for node in device.nodes)))
         root = options.dev_root.rstrip("/")
         nodes = tuple(DeviceNode(root + path, path) for path in paths)
-    return Edits(envs, mounts, nodes)
+    return Edits(envs, mounts, nodes, annotations, cdi_devices)
 
 
 def prefer(

@@ -29,7 +29,8 @@ class Strategy(StrEnum):
 class Device:
     """What is offered under one id: a MIG device, or a whole GPU (`profile` is then "").
 
-    `nodes` are the device nodes of its own, below the root that holds `dev/`.
+    `nodes` are the device nodes of its own, below the root that holds `dev/`. `index` is what NVIDIA
+    calls it by index: `0`, or `0:1` for a MIG device.
     """
 
     id: DeviceId
@@ -38,6 +39,7 @@ class Device:
     profile: str
     numa_node: int | None
     nodes: tuple[str, ...]
+    index: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +155,20 @@ def _resources(
 
 
 def _whole_gpu(gpu: Gpu) -> Device:
-    return Device(DeviceId(gpu.uuid), gpu.uuid, gpu.index, "", gpu.numa_node, (f"/dev/nvidia{gpu.minor}",))
+    return Device(
+        DeviceId(gpu.uuid),
+        gpu.uuid,
+        gpu.index,
+        "",
+        gpu.numa_node,
+        (f"/dev/nvidia{gpu.minor}",),
+        str(gpu.index),
+    )
 
 
 def _mig_device(gpu: Gpu, device: MigDevice) -> Device:
     minors = (device.gi_minor, device.ci_minor)
     nodes = (f"/dev/nvidia{gpu.minor}", *(f"/dev/nvidia-caps/nvidia-cap{m}" for m in minors if m is not None))
-    return Device(device.uuid, gpu.uuid, gpu.index, device.profile, gpu.numa_node, nodes)
+    return Device(
+        device.uuid, gpu.uuid, gpu.index, device.profile, gpu.numa_node, nodes, f"{gpu.index}:{device.index}"
+    )

@@ -113,7 +113,7 @@ class DevicePlugin(api_pb2_grpc.DevicePluginServicer):
             for container in request.container_requests:
                 ids = container.devices_ids
                 answer.container_responses.append(
-                    as_response(edits(self.resource, ids, self._offers.value, self._options))
+                    as_response(edits(self.resource, ids, self._offers.value, self._options, _token()))
                 )
                 granted += map(DeviceId, ids)
         except AllocationRefused as exc:
@@ -209,4 +209,13 @@ def as_response(given: Edits) -> api_pb2.ContainerAllocateResponse:
             )
             for n in given.nodes
         ],
+        annotations=given.annotations,
+        cdi_devices=[api_pb2.CDIDevice(name=name) for name in given.cdi_devices],
     )
+
+
+def _token() -> str:
+    """A random UUID, as NVIDIA's plugin has it in the key of its annotation."""
+    import uuid  # noqa: PLC0415  slow to import, and not needed to register
+
+    return str(uuid.UUID(bytes=os.urandom(16), version=4))
