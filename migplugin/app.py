@@ -181,7 +181,7 @@ def _probes(settings: Settings) -> Iterator[Probes]:
 async def _serve(
     settings: Settings, reconciler: Reconciler, stop: asyncio.Future[int], probes: Probes
 ) -> int:
-    if not await _unless(stop, reconciler.first()):
+    if not await _unless(stop, keep_running("first decision", reconciler.first)):
         return stop.result()
     if settings.fail_on_init_error and reconciler.world.driver_failed is not None:
         reason = reconciler.world.driver_error
