@@ -27,6 +27,7 @@ from migplugin.core import cdi
 from migplugin.core.allocation import EditOptions
 from migplugin.core.decide import Options
 from migplugin.core.resource import Strategy
+from migplugin.core.xid import parse_checks
 from migplugin.errors import InputError
 from migplugin.kubelet.cdi import CdiFile
 from migplugin.kubelet.podresources import CHECKPOINT_NAME, UsageReader
@@ -285,6 +286,18 @@ def warnings(settings: Settings) -> list[str]:
             "--device-list-strategy=envvar: a container that asks for two MIG profiles sees only one of "
             "them, since the kubelet keeps one NVIDIA_VISIBLE_DEVICES; volume-mounts and cdi-cri carry both"
         )
+    _, words = parse_checks(settings.disable_healthchecks, settings.enable_healthchecks)
+    if words:
+        found.append(
+            f"DP_DISABLE_HEALTHCHECKS, DP_ENABLE_HEALTHCHECKS: {', '.join(words)}: left out, since each must "
+            "be all, xids or the number of an XID"
+        )
+    for section, given in (
+        ("resources", settings.document.resources),
+        ("sharing", settings.document.sharing),
+    ):
+        if given:
+            found.append(f"{settings.document.source}: {section}: not served yet, ignored")
     if settings.cdi_feature_flags:
         found.append("--cdi-feature-flags has no effect: they set how NVIDIA's library looks for files")
     return found
@@ -292,8 +305,23 @@ def warnings(settings: Settings) -> list[str]:
 
 def options(settings: Settings, host_dev: str = "/") -> Options:
     """What the decision is to go by. Raises InputError where a section of the file does not make sense."""
-    edits = EditOptions(frozenset(settings.device_list_strategy), settings.pass_device_specs, host_dev)
-    return Options(Strategy(settings.mig_strategy), settings.removal_delay, settings.driver_grace, edits)
+    features = {
+        "GDRCOPY": settings.gdrcopy_enabled,
+        "GDS": settings.gds_enabled,
+        "MOFED": settings.mofed_enabled,
+    }
+    edits = EditOptions(
+        frozenset(settings.device_list_strategy),
+        settings.pass_device_specs,
+        host_dev,
+        settings.device_id_strategy,
+        settings.cdi_annotation_prefix,
+        tuple(name for name, enabled in features.items() if enabled),
+    )
+    checks, _ = parse_checks(settings.disable_healthchecks, settings.enable_healthchecks)
+    return Options(
+        Strategy(settings.mig_strategy), settings.removal_delay, settings.driver_grace, edits, checks
+    )
 
 
 def _preparations(settings: Settings, where: Roots) -> tuple[Preparation, ...]:

@@ -348,12 +348,12 @@ TABLE: tuple[Setting, ...] = (
     ),
     Setting(
         "disable_healthchecks", ("DP_DISABLE_HEALTHCHECKS",), "", "", str, "LIST",
-        "Which health checks are off: `all`, `xids`, or XID numbers. Read, and used once health by XID is here.",
+        "Which health checks are off: `all`, `xids`, or XID numbers separated by commas.",
         has_flag=False,
     ),
     Setting(
         "enable_healthchecks", ("DP_ENABLE_HEALTHCHECKS",), "", "", str, "LIST",
-        "Which XIDs count although they are off otherwise. Read, and used once health by XID is here.",
+        "Which XIDs make a device unhealthy although they are off, or would leave it healthy: numbers, or `all`.",
         has_flag=False,
     ),
     Setting(

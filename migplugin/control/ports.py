@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from migplugin.core.allocation import EditOptions
-from migplugin.core.decide import Fault, Usage
+from migplugin.core.decide import Usage
+from migplugin.core.health import Fault
 from migplugin.core.inventory import DeviceId, Inventory
 
 

@@ -3,6 +3,7 @@
 Events wake it and carry nothing; what is true is read anew. A change of geometry comes as a burst
 of events, one for each instance, so the first look waits until the burst is over, and at most 200 ms.
 Where events do not work, and against the day when one is lost, it looks by itself now and then.
+An XID is judged by the inventory in force when it came, so all that came are, before a new one is.
 
 Grants are written here by Allocate, directly and at once: the next decision finds them as leases.
 """
@@ -17,9 +18,11 @@ from types import MappingProxyType
 from migplugin.aio import Cell, first_of
 from migplugin.control.ports import Driver, Preparation, UsageSource
 from migplugin.core.allocation import Offers
-from migplugin.core.decide import Fault, Key, Options, Outcome, Usage, World, decide
+from migplugin.core.decide import Key, Options, Outcome, Usage, World, decide
+from migplugin.core.health import Fault
 from migplugin.core.inventory import DeviceId, Inventory
 from migplugin.core.resource import ResourceName
+from migplugin.core.xid import xid
 from migplugin.errors import DriverError
 
 log = logging.getLogger(__name__)
@@ -115,24 +118,13 @@ class Reconciler:
     async def _step(self, *, usage_within: float | None) -> None:
         now = self._clock()
         suspect = self._changed_at is not None
+        self._judge_due_faults()
         if suspect or now >= self._look_at:
             self._changed_at = None
             await self._look(suspect=suspect)
         await self._prepare()
         await self._read_usage(now, within=usage_within)
-        faults = self._take_faults()
-        for fault in faults:
-            log.warning(
-                "xid",
-                extra={
-                    "xid": fault.xid,
-                    "gpu": fault.gpu,
-                    "gi": fault.gi,
-                    "ci": fault.ci,
-                    "count": fault.count,
-                },
-            )
-        self._decide(faults)
+        self._decide()
 
     async def _read_usage(self, now: float, *, within: float | None) -> None:
         """A kubelet that does not say who holds what is waited for no longer than `within`."""
@@ -150,14 +142,20 @@ class Reconciler:
             reading, self._reading = self._reading, None
             self.world = replace(self.world, usage=reading.result())
 
-    def _take_faults(self) -> tuple[Fault, ...]:
-        now = self._clock()
-        if self._faults_at is None or now < self._faults_at:
-            return ()
-        self._faults_at, self._faults_soonest = None, now + FAULTS_AGAIN
-        return self._driver.faults()
+    def _judge_due_faults(self) -> None:
+        if self._faults_at is not None and self._clock() >= self._faults_at:
+            self._judge_faults()
 
-    def _decide(self, faults: tuple[Fault, ...]) -> None:
+    def _judge_faults(self) -> None:
+        """Before there is an inventory there is nobody to be concerned: they wait for the first."""
+        if self.world.inventory is None:
+            return
+        self._faults_at, self._faults_soonest = None, self._clock() + FAULTS_AGAIN
+        if faults := self._driver.faults():
+            _tell_faults(faults)
+            self._decide(faults)
+
+    def _decide(self, faults: tuple[Fault, ...] = ()) -> None:
         # From here to the published offers there is no await: Allocate sees the old world or the new one.
         world = replace(
             self.world,
@@ -177,7 +175,7 @@ class Reconciler:
     async def _look(self, *, suspect: bool) -> None:
         before = self.world.inventory
         try:
-            inventory = await self._driver.look(suspect=suspect)
+            inventory = await self._look_and_judge(suspect=suspect)
         except DriverError as exc:
             if self.world.driver_failed is None or str(exc) != self.world.driver_error:
                 log.warning("the driver does not answer, will try again", extra={"reason": str(exc)})
@@ -192,6 +190,19 @@ class Reconciler:
         self._look_at = self._clock() + self._pace.interval(events_work=self._driver.events_work)
         self._retry = RETRY_SHORTEST
         _tell_geometry(before, inventory)
+
+    async def _look_and_judge(self, *, suspect: bool) -> Inventory:
+        """What the driver says. A driver that is slow to say it holds back no XID."""
+        looking = asyncio.ensure_future(self._driver.look(suspect=suspect))
+        try:
+            while not looking.done():
+                await asyncio.wait((looking,), timeout=FAULTS_AGAIN)
+                self._judge_due_faults()
+        finally:
+            looking.cancel()
+        inventory = looking.result()
+        self._judge_faults()
+        return inventory
 
     async def _prepare(self) -> None:
         """Before a device is offered, all that a container will need of it is there, or it is unready."""
@@ -229,6 +240,23 @@ def _is_due(outcome: Outcome | None, now: float) -> bool:
     return outcome is not None and outcome.usage_at is not None and now >= outcome.usage_at
 
 
+def _tell_faults(faults: tuple[Fault, ...]) -> None:
+    for fault in faults:
+        told = xid(fault.xid)
+        log.warning(
+            "xid",
+            extra={
+                "xid": fault.xid,
+                "mnemonic": told.mnemonic or None,
+                "action": told.action or None,
+                "gpu": fault.gpu,
+                "gi": fault.gi,
+                "ci": fault.ci,
+                "count": fault.count,
+            },
+        )
+
+
 def _tell_geometry(before: Inventory | None, after: Inventory) -> None:
     old = {} if before is None else {device.uuid: (gpu, device) for gpu, device in before.devices()}
     new = {device.uuid: (gpu, device) for gpu, device in after.devices()}
@@ -245,12 +273,15 @@ def _tell_geometry(before: Inventory | None, after: Inventory) -> None:
 
 
 def _tell(before: Outcome | None, after: Outcome) -> None:
-    """One line for each warning that is new and each resource whose numbers changed."""
+    """One line for each warning that is new, each change of health, each resource whose numbers changed."""
     old: Mapping[ResourceName, tuple[int, int]] = _counts(before)
     new = _counts(after)
     for warning in after.warnings:
         if before is None or warning not in before.warnings:
             log.warning("attention", extra={"reason": warning})
+    for change in after.health_changes:
+        level, phrase = (logging.WARNING, "fell sick") if change.sick else (logging.INFO, "no longer sick")
+        log.log(level, phrase, extra={"device": change.subject, "gpu": change.gpu, "reason": change.reason})
     for resource in sorted(old.keys() | new.keys()):
         if old.get(resource) != new.get(resource):
             healthy, unhealthy = new.get(resource, (0, 0))

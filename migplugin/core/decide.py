@@ -10,6 +10,8 @@ to the kubelet and its pods (DESIGN 5):
 * A resource lives as long as one of its ids is listed, and a minute longer with an empty list.
 * Losing sight of the driver takes nothing away: the last inventory stands, and after
   `driver_grace` its devices turn Unhealthy.
+
+What faults make sick is told by `health` and shown here.
 """
 
 from collections.abc import Mapping
@@ -18,8 +20,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from migplugin.core.allocation import EditOptions, Offer, OfferedDevice, Offers
+from migplugin.core.health import Change, Fault, Health, fold
 from migplugin.core.inventory import DeviceId, GpuUuid, Inventory
 from migplugin.core.resource import GPU, Assignment, Device, ResourceName, Strategy, assign, is_ours
+from migplugin.core.xid import Checks
 
 EMPTY_OFFER_KEPT = 60.0
 LEASE_CERTAIN_AFTER = 10.0
@@ -60,19 +64,6 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
-    """An XID event, repeated `count` times; `gi` and `ci` are None where it concerns the whole GPU or GI."""
-
-    gpu: GpuUuid
-    gi: int | None
-    ci: int | None
-    xid: int
-    count: int
-    first: float
-    last: float
-
-
-@dataclass(frozen=True, slots=True)
 class Options:
     """Times in seconds."""
 
@@ -80,6 +71,7 @@ class Options:
     removal_delay: float = 60.0
     driver_grace: float = 60.0
     edits: EditOptions = field(default_factory=EditOptions)
+    checks: Checks = field(default_factory=Checks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +103,7 @@ class Memory:
     named: frozenset[Key] = frozenset()
     usage_counted: float = float("-inf")
     served_profile: str = ""
+    health: Health = field(default_factory=Health)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +113,7 @@ class World:
     `inventory` is the last one that could be read; `driver_failed` is since when it could not be
     read again, with `driver_error` saying why. `unready` says of devices what no container would find
     of them on this node: a CDI document, a device node. `leases` maps allocations to the time of our answer.
+    `faults` came while `inventory` was in force.
     """
 
     now: float
@@ -147,6 +141,7 @@ class Outcome:
     wake_at: float | None = None
     usage_at: float | None = None
     warnings: tuple[str, ...] = ()
+    health_changes: tuple[Change, ...] = ()
 
 
 Entries = Mapping[ResourceName, Mapping[DeviceId, Entry]]
@@ -157,7 +152,8 @@ def decide(world: World) -> Outcome:
     unseen, ended = _age_leases(world)
     named = world.usage.named if world.usage.complete else world.usage.named | world.memory.named
     held = named | {key for key, answered in world.leases.items() if (key, answered) not in ended}
-    entries, served, warnings = _see(world, held)
+    health, changes = fold(world.memory.health, world.inventory, world.faults, world.options.checks)
+    entries, served, warnings = _see(world, held, health)
     entries, waiting = _forget(world, entries, held)
     entries, emptied = _retire(world, entries)
 
@@ -175,6 +171,7 @@ def decide(world: World) -> Outcome:
         named=named,
         usage_counted=max(world.usage.began, world.memory.usage_counted),
         served_profile=served,
+        health=health,
     )
     resources = {
         resource: Offer(
@@ -190,6 +187,7 @@ def decide(world: World) -> Outcome:
         _wake_at(world, entries, emptied),
         _usage_at(world, entries),
         warnings,
+        changes,
     )
 
 
@@ -217,7 +215,7 @@ def _age_leases(world: World) -> tuple[Mapping[tuple[Key, float], int], frozense
     return unseen, frozenset(ended)
 
 
-def _see(world: World, held: AbstractSet[Key]) -> tuple[Entries, str, tuple[str, ...]]:
+def _see(world: World, held: AbstractSet[Key], health: Health) -> tuple[Entries, str, tuple[str, ...]]:
     """Every id that lives, was offered, or is held by a pod; the profile that `single` serves; warnings."""
     known = world.memory.entries
     if world.inventory is None:
@@ -242,7 +240,7 @@ def _see(world: World, held: AbstractSet[Key]) -> tuple[Entries, str, tuple[str,
         for id_, device in devices.items():
             elsewhere = sorted(other for other in holders_of.get(id_, ()) if other != resource)
             sick = driver or (f"still held by a pod as {elsewhere[0]}" if elsewhere else "")
-            sick = sick or world.unready.get(id_, "")
+            sick = sick or health.why(id_, device.gpu) or world.unready.get(id_, "")
             before = known.get(resource, {}).get(id_)
             entries.setdefault(resource, {})[id_] = _entry(world, device, sick, before, vanished=False)
 

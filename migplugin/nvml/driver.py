@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from migplugin.aio import Mailbox, OwnerThread
-from migplugin.core.decide import Fault
+from migplugin.core.health import Fault
 from migplugin.core.inventory import GpuUuid, Inventory, MigDevice
 from migplugin.errors import DriverError, DriverTimeout
 from migplugin.nvml import binding

@@ -16,7 +16,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from migplugin.aio import Mailbox
-from migplugin.core.decide import Fault
+from migplugin.core.health import Fault
 from migplugin.core.inventory import GpuUuid
 from migplugin.errors import DriverError
 from migplugin.nvml import binding

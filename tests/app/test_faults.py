@@ -114,13 +114,69 @@ async def test_without_privilege_every_device_is_served_and_one_line_says_what_i
     assert "NVIDIA_MIG_MONITOR_DEVICES=all" in said[0]["reason"]
 
 
-async def test_xids_are_logged_with_their_scope(machine: Start) -> None:
-    node = await machine("1xa100-40gb=1g.5gb*3")
+async def test_a_fault_takes_exactly_the_devices_it_concerns_within_a_second(machine: Start) -> None:
+    node = await machine("1xa100-40gb=3g.20gb:1g.5gb*3,1xa100-40gb=1g.5gb*2")
     agent = await node.serve()
+    await node.until(lambda _: node.allocatable("1g.5gb") == 5)
+    gpu = node.store.read().gpus[0]
+    (big,) = (gi for gi in gpu.instances if gpu.profile(gi).name == "3g.20gb")
+    ones = [(gi.id, ci.id) for gi, ci in gpu.mig_devices() if gi is not big]
+    node.change(lambda made: made.gpus[0].xid(94, *ones[0]))
+    await node.until(lambda _: node.allocatable("1g.5gb") == 4, timeout=1.0)
+    node.change(lambda made: made.gpus[0].xid(48, ones[1][0]))
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3, timeout=1.0)
+    assert node.allocatable("3g.20gb") == 1
+    node.change(lambda made: made.gpus[0].xid(79, *ones[0]))
+    await node.until(
+        lambda _: (node.allocatable("1g.5gb"), node.allocatable("3g.20gb")) == (2, 0), timeout=1.0
+    )
+    assert node.kubelet.capacity(MIG) == 5
+    line = await agent.until_said("xid", xid=79)
+    assert (line["gi"], line["action"]) == (ones[0][0], "RESTART_BM")
+    assert [line["reason"].split()[1] for line in agent.said("fell sick")] == ["94", "48", "79"]
+
+
+async def test_what_applications_do_wrong_makes_nobody_sick(machine: Start) -> None:
+    node = await machine("1xa100-40gb=1g.5gb*3")
+    agent = await node.serve(DP_DISABLE_HEALTHCHECKS="48")
     await node.until(lambda _: node.allocatable("1g.5gb") == 3)
-    node.change(lambda made: made.gpus[0].xid(79))
-    await agent.until_said("xid", xid=79)
-    assert node.allocatable("1g.5gb") == 3, "what an XID means is the health issue's"
+    gi, ci = node.store.read().gpus[0].mig_devices()[0]
+    for code in (13, 31, 43, 45, 63, 48):
+        with node.store.change() as made:
+            made.gpus[0].xid(code, gi.id, ci.id)
+        await agent.until_said("xid", xid=code)
+    node.change(lambda made: made.gpus[0].xid(94, gi.id, ci.id))
+    await node.until(lambda _: node.allocatable("1g.5gb") == 2)
+    assert len(agent.said("fell sick")) == 1
+
+
+async def test_an_instance_that_is_made_anew_is_healthy_and_a_device_beside_it_stays_sick(
+    machine: Start,
+) -> None:
+    node = await machine("1xa100-40gb=1g.5gb*3")
+    node.change(lambda made: setattr(made.switches, "uuid_reuse", True))
+    agent = await node.serve("--removal-delay=1s")
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+    (gi, ci), (other, other_ci), _ = node.store.read().gpus[0].mig_devices()
+    node.change(lambda made: made.gpus[0].xid(94, gi.id, ci.id))
+    node.change(lambda made: made.gpus[0].xid(94, other.id, other_ci.id))
+    await node.until(lambda _: node.allocatable("1g.5gb") == 1)
+    node.change(lambda made: made.gpus[0].destroy(gi.id))
+    await agent.until_said("mig device gone")
+    node.change(lambda made: made.gpus[0].create("1g.5gb"))
+    await node.until(lambda _: node.allocatable("1g.5gb") == 2)
+    assert len(agent.said("no longer sick")) == 1
+
+
+async def test_a_driver_that_hangs_holds_back_no_fault(machine: Start) -> None:
+    node = await machine("1xa100-40gb=1g.5gb*3")
+    agent = await node.serve("--poll-interval=200ms", "--nvml-timeout=5s")
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+    node.change(lambda made: setattr(made.switches, "hang", ["nvmlSystemGetDriverVersion"]))
+    gi, ci = node.store.read().gpus[0].mig_devices()[0]
+    node.change(lambda made: made.gpus[0].xid(94, gi.id, ci.id))
+    await node.until(lambda _: node.allocatable("1g.5gb") == 2, timeout=2.0)
+    assert not agent.said("the driver does not answer, will try again")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs a directory that forbids")

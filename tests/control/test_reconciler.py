@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from migplugin.control.reconciler import FAULTS_AGAIN, Pace, Reconciler
-from migplugin.core.decide import Fault, Options, Source, Usage
+from migplugin.core.decide import Options, Source, Usage
+from migplugin.core.health import Fault
 from migplugin.core.inventory import Inventory
 from tests.core.examples import ASSORTED, SEVENTHS, inventory
 

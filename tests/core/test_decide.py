@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from migplugin.core.decide import Memory, Options, Source, Usage, World, decide
+from migplugin.core.health import Fault
 from migplugin.core.inventory import BrokenGpu, DeviceId, Gpu, GpuUuid, Inventory, MigDevice, Placement
 from migplugin.core.resource import GPU, ResourceName, Strategy
 
@@ -276,3 +277,26 @@ def test_what_is_there_and_no_longer_offered_is_not_called_gone() -> None:
 def test_the_same_world_gives_the_same_outcome() -> None:
     world = World(3.0, ONE, usage=usage(1.0, (MIG_2G, "MIG-x")), memory=Memory())
     assert decide(world) == decide(world)
+
+
+def test_a_sick_device_is_shown_unhealthy_with_its_reason_until_it_was_seen_absent() -> None:
+    run = Run(inventory=ONE)
+    run.step(now=1.0, faults=(Fault(GpuUuid("GPU-0"), 1, 0, 94, 1, 0.5, 0.5),))
+    assert run.shown(MIG_1G) == {"MIG-a": True, "MIG-b": False}
+    assert "XID 94" in run.sick(MIG_1G, "MIG-b")
+    run.step(now=2.0, faults=(), driver_failed=2.0)
+    run.step(now=3.0, driver_failed=None)
+    assert run.shown(MIG_1G) == {"MIG-a": True, "MIG-b": False}
+    run.step(now=4.0, inventory=WITHOUT_B)
+    run.step(now=5.0, inventory=ONE)
+    assert run.shown(MIG_1G) == {"MIG-a": True, "MIG-b": True}
+
+
+def test_a_sick_gpu_makes_all_that_is_offered_of_it_unhealthy() -> None:
+    node = inventory(gpu(0, ("MIG-a", "1g.5gb"), ("MIG-b", "2g.10gb")), gpu(1, mig=False), gpu(2, mig=False))
+    run = Run(inventory=node)
+    run.step(faults=tuple(Fault(GpuUuid(f"GPU-{n}"), 0, 0, 79, 1, 0.5, 0.5) for n in (0, 2)))
+    assert run.shown(MIG_1G) == {"MIG-a": False}
+    assert run.shown(MIG_2G) == {"MIG-b": False}
+    assert run.shown(GPU) == {"GPU-1": True, "GPU-2": False}
+    assert [change.subject for change in run.outcome.health_changes] == ["GPU-0", "GPU-2"]
