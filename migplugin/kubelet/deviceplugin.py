@@ -150,14 +150,14 @@ class Server:
 
     async def start(self) -> None:
         """The server answers at `path`. Raises KubeletError where it cannot."""
+        # Asked here because gRPC would put a line of its own on stderr.
+        if reason := sockets.unusable(self.path.parent):
+            raise KubeletError(reason)
         umask = os.umask(0o077)  # gRPC would make the socket 0755
         try:
             self._server.add_insecure_port(f"unix:{self.path}")
         except RuntimeError as exc:
-            reason = "cannot be made" if self.path.parent.is_dir() else "its directory is missing"
-            if self.path.parent.is_dir() and not os.access(self.path.parent, os.W_OK):
-                reason = "its directory is not writable for us"
-            raise KubeletError(f"{self.path}: {reason}") from exc
+            raise KubeletError(f"{self.path.parent}: no socket can be made in it; is its disk full?") from exc
         finally:
             os.umask(umask)
         await self._server.start()
@@ -171,7 +171,9 @@ class Server:
         await self.plugin.end_streams()
         await self._server.stop(0)
         if self._socket() == self._identity:
-            self.path.unlink(missing_ok=True)
+            # Where the directory has become read-only it stays behind, and nobody serves it.
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
 
     def _socket(self) -> tuple[int, int] | None:
         try:

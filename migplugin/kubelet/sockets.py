@@ -101,6 +101,19 @@ def remove_stale(directory: Path) -> int:
     return removed
 
 
+def unusable(directory: Path) -> str:
+    """Why no socket can be made in `directory`, or "" where one probably can."""
+    if os.access(directory, os.W_OK | os.X_OK):
+        return ""
+    try:
+        directory.stat()
+    except OSError as exc:
+        if exc.errno == errno.ENOENT:
+            return f"{directory}: no such directory; the kubelet makes it, or it is not mounted here"
+        return f"{directory}: {_reason(exc)}; {_advice(exc, directory)}"
+    return f"{directory}: not writable for us; run as root, or mount it writable"
+
+
 def is_socket(path: Path) -> bool:
     try:
         return stat.S_ISSOCK(path.lstat().st_mode)

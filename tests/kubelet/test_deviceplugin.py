@@ -3,6 +3,8 @@
 import asyncio
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -199,9 +201,46 @@ async def test_a_socket_that_somebody_removed_is_noticed(served: Served) -> None
     assert not served.server.is_reachable()
 
 
+FORBIDDEN = """
+import asyncio, os, sys
+from pathlib import Path
+from migplugin.errors import KubeletError
+from tests.kubelet.test_deviceplugin import MIG, device, offers
+from migplugin.aio import Cell
+from migplugin.core.allocation import EditOptions
+from migplugin.kubelet.deviceplugin import DevicePlugin, Server
+directory = Path(sys.argv[1])
+def made():
+    cell = Cell(offers(device("MIG-a")))
+    return Server(DevicePlugin(MIG, cell, EditOptions(), lambda *_: None, preferred=False), directory)
+async def main():
+    served = made()
+    await served.start()
+    directory.chmod(0o555)
+    await served.stop()
+    for _ in range(2):
+        try:
+            await made().start()
+        except KubeletError as exc:
+            print(exc)
+os.setuid(65534)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+def test_a_directory_that_is_not_writable_any_more_is_said_in_one_line_and_once(short: Path) -> None:
+    os.chown(short, 65534, -1)
+    command = [sys.executable, "-c", FORBIDDEN, str(short)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    first, second = ran.stdout.splitlines()
+    assert first == second == f"{short}: not writable for us; run as root, or mount it writable"
+    assert not ran.stderr, "gRPC does not speak for us"
+
+
 async def test_a_directory_that_is_missing_is_named(short: Path) -> None:
     plugin = DevicePlugin(MIG, Cell(Offers()), EditOptions(), lambda *_: None, preferred=False)
     server = Server(plugin, short / "nowhere")
-    with pytest.raises(KubeletError, match=r"nowhere.*directory is missing"):
+    with pytest.raises(KubeletError, match=r"nowhere: no such directory"):
         await server.start()
     assert os.umask(0o022) == 0o022, "the umask is as it was"
