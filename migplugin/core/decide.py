@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from migplugin.core.allocation import EditOptions, Offer, OfferedDevice, Offers
+from migplugin.core.assignment import Assignment, assign
 from migplugin.core.health import Change, Fault, Health, fold
 from migplugin.core.inventory import DeviceId, GpuUuid, Inventory
-from migplugin.core.resource import GPU, Assignment, Device, ResourceName, Strategy, assign, is_ours
+from migplugin.core.resource import GPU, Device, ResourceName, Strategy, is_ours
 from migplugin.core.xid import Checks
 
 EMPTY_OFFER_KEPT = 60.0

@@ -1,22 +1,22 @@
-"""Which live devices are shown under which resource: the strategies `none`, `single` and `mixed`.
+"""Resources and what is offered under them: names as the kubelet takes them, devices, ids of replicas."""
 
-NVIDIA's plugin exits where a node does not fit its strategy. Here the part that does not fit is
-left out and named, and the rest is served.
-"""
-
-from collections import Counter
-from collections.abc import Iterable, Mapping
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NewType
 
 from migplugin.core import profile as profiles
-from migplugin.core.inventory import DeviceId, Gpu, GpuUuid, Inventory, MigDevice
+from migplugin.core.inventory import DeviceId, GpuUuid
 
 ResourceName = NewType("ResourceName", str)
 
-DOMAIN = "nvidia.com/"
-GPU = ResourceName(DOMAIN + "gpu")
+NVIDIA = "nvidia.com"
+GPU = ResourceName(NVIDIA + "/gpu")
+REPLICA = "::"
+
+_DOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+_NAME = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?")
+MAX_DOMAIN, MAX_NAME = 253 - len("requests."), 63
 
 
 class Strategy(StrEnum):
@@ -42,133 +42,44 @@ class Device:
     index: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """`left_out` has one sentence for each thing that the strategy does not serve."""
-
-    resources: Mapping[ResourceName, Mapping[DeviceId, Device]]
-    left_out: tuple[str, ...] = ()
-    served_profile: str = ""
+def of_profile(profile: str, domain: str = NVIDIA) -> ResourceName:
+    """`<domain>/mig-<profile>`, spelt as the kubelet accepts it (kubelet.md 1.1)."""
+    return ResourceName(f"{domain}/{profiles.resource_suffix(profile)}")
 
 
-def of_profile(profile: str) -> ResourceName:
-    """`nvidia.com/mig-<profile>`, spelt as the kubelet accepts it (kubelet.md 1.1)."""
-    return ResourceName(DOMAIN + profiles.resource_suffix(profile))
+def is_domain(text: str) -> bool:
+    """Whether resources can have this domain: DNS rules, and none of Kubernetes' own (kubelet.md 1.1)."""
+    own = text == "kubernetes.io" or text.endswith(".kubernetes.io") or text.startswith("requests.")
+    return len(text) <= MAX_DOMAIN and not own and _DOMAIN.fullmatch(text) is not None
 
 
 def is_valid(name: str) -> bool:
-    """Whether the kubelet takes the part after the domain: 1 to 63 characters, alphanumeric at both ends."""
-    suffix = name.partition("/")[2]
-    return 0 < len(suffix) <= 63 and suffix[0].isalnum() and suffix[-1].isalnum()
+    """Whether the kubelet takes `name`: a domain, and 1 to 63 characters alphanumeric at both ends."""
+    domain, _, suffix = name.partition("/")
+    return is_domain(domain) and len(suffix) <= MAX_NAME and _NAME.fullmatch(suffix) is not None
 
 
-def is_ours(resource: ResourceName) -> bool:
-    """Whether this plugin, or NVIDIA's before it, may have offered `resource`."""
-    return resource == GPU or resource.startswith(DOMAIN + "mig-")
+def is_ours(resource: ResourceName, id_: str = "", domain: str = NVIDIA) -> bool:
+    """Whether this plugin, or NVIDIA's before it, may have offered `id_` under `resource`.
 
-
-def assign(
-    inventory: Inventory, strategy: Strategy, *, served: str = "", held: Mapping[DeviceId, str] | None = None
-) -> Assignment:
-    """Every live device under its resource.
-
-    `served` is the profile that `single` served until now, if a device that may be held still has
-    it; `held` maps devices that pods hold under `nvidia.com/gpu` to their profiles, and decides
-    where nothing has been served yet.
+    A name of our domain that is not one of the usual may be of an earlier configuration, or another
+    plugin's: then the id tells, since only GPUs and MIG devices have such.
     """
-    if strategy is Strategy.NONE:
-        return _none(inventory)
-    if strategy is Strategy.SINGLE:
-        return _single(inventory, served, held or {})
-    return _mixed(inventory)
+    at, _, name = resource.partition("/")
+    if at not in {NVIDIA, domain}:
+        return False
+    return name in {"gpu", "gpu.shared"} or name.startswith("mig-") or id_.startswith(("GPU-", "MIG-"))
 
 
-def _none(inventory: Inventory) -> Assignment:
-    whole = [gpu for gpu in inventory.gpus if not gpu.mig_enabled]
-    left_out = [
-        f"GPU {gpu.index} has MIG enabled and strategy none serves whole GPUs only: "
-        "disable MIG on it or set --mig-strategy=mixed"
-        for gpu in inventory.gpus
-        if gpu.mig_enabled
-    ]
-    return Assignment(_resources(GPU, map(_whole_gpu, whole)), tuple(left_out))
+def replica(id_: DeviceId, number: int) -> DeviceId:
+    """The id under which a shared device is offered for the `number`th time."""
+    return DeviceId(f"{id_}{REPLICA}{number}")
 
 
-def _mixed(inventory: Inventory) -> Assignment:
-    resources: dict[ResourceName, dict[DeviceId, Device]] = {}
-    left_out = []
-    for gpu in inventory.gpus:
-        if not gpu.mig_enabled:
-            resources.setdefault(GPU, {})[DeviceId(gpu.uuid)] = _whole_gpu(gpu)
-        for device in gpu.devices:
-            name = of_profile(device.profile)
-            if is_valid(name):
-                resources.setdefault(name, {})[device.uuid] = _mig_device(gpu, device)
-            else:
-                left_out.append(
-                    f"{device.uuid} on GPU {gpu.index}: the kubelet would refuse the resource name {name!r}"
-                )
-    return Assignment(resources, tuple(left_out))
+def device_of(id_: str) -> DeviceId:
+    """The device behind an id: without the number of a replica."""
+    return DeviceId(id_.partition(REPLICA)[0])
 
 
-def _single(inventory: Inventory, served: str, held: Mapping[DeviceId, str]) -> Assignment:
-    if not any(gpu.mig_enabled for gpu in inventory.gpus):
-        return Assignment(_resources(GPU, map(_whole_gpu, inventory.gpus)))
-    live = {device.uuid: device.profile for _, device in inventory.devices()}
-    if not served or served not in {*live.values(), *held.values()}:
-        served = _most_frequent(live[id_] for id_ in held if id_ in live) or _most_frequent(live.values())
-    shown, other = [], Counter[str]()
-    for gpu, device in inventory.devices():
-        if device.profile == served:
-            shown.append(_mig_device(gpu, device))
-        else:
-            other[device.profile] += 1
-    left_out = [
-        f"{count} MIG device{'s' if count > 1 else ''} of profile {name}: strategy single serves one profile "
-        f"and {served} is being served; set --mig-strategy=mixed to serve all"
-        for name, count in sorted(other.items(), key=lambda item: profiles.size_key(item[0]))
-    ]
-    left_out += [
-        f"GPU {gpu.index} has MIG disabled: strategy single does not mix whole GPUs with MIG devices; "
-        "set --mig-strategy=mixed to serve both"
-        for gpu in inventory.gpus
-        if not gpu.mig_enabled
-    ]
-    left_out += [
-        f"GPU {gpu.index} has MIG enabled and no MIG device: create some to have it served"
-        for gpu in inventory.gpus
-        if gpu.mig_enabled and not gpu.devices
-    ]
-    return Assignment(_resources(GPU, shown), tuple(left_out), served)
-
-
-def _most_frequent(names: Iterable[str]) -> str:
-    counted = Counter(names)
-    return min(counted, key=lambda name: (-counted[name], profiles.size_key(name)), default="")
-
-
-def _resources(
-    name: ResourceName, devices: Iterable[Device]
-) -> Mapping[ResourceName, Mapping[DeviceId, Device]]:
-    by_id = {device.id: device for device in devices}
-    return {name: by_id} if by_id else {}
-
-
-def _whole_gpu(gpu: Gpu) -> Device:
-    return Device(
-        DeviceId(gpu.uuid),
-        gpu.uuid,
-        gpu.index,
-        "",
-        gpu.numa_node,
-        (f"/dev/nvidia{gpu.minor}",),
-        str(gpu.index),
-    )
-
-
-def _mig_device(gpu: Gpu, device: MigDevice) -> Device:
-    minors = (device.gi_minor, device.ci_minor)
-    nodes = (f"/dev/nvidia{gpu.minor}", *(f"/dev/nvidia-caps/nvidia-cap{m}" for m in minors if m is not None))
-    return Device(
-        device.uuid, gpu.uuid, gpu.index, device.profile, gpu.numa_node, nodes, f"{gpu.index}:{device.index}"
-    )
+def is_replica(id_: str) -> bool:
+    return REPLICA in id_

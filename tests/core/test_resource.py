@@ -2,17 +2,9 @@
 
 import pytest
 
+from migplugin.core.assignment import Assignment, assign
 from migplugin.core.inventory import DeviceId, Gpu
-from migplugin.core.resource import (
-    GPU,
-    Assignment,
-    ResourceName,
-    Strategy,
-    assign,
-    is_ours,
-    is_valid,
-    of_profile,
-)
+from migplugin.core.resource import GPU, ResourceName, Strategy, is_ours, is_valid, of_profile
 from tests.core.examples import ASSORTED, SEVENTHS, gpu, inventory, uuid
 
 HALVES = gpu(0, (1, "3g.20gb", 4, 4), (2, "3g.20gb", 0, 4))
@@ -121,10 +113,20 @@ def test_a_resource_is_named_as_nvidia_names_it(profile: str, name: str) -> None
     [
         ("nvidia.com/mig-1g.5gb", True),
         ("nvidia.com/mig-1g.5gb.", False),
+        ("nvidia.com/mig-1g.5gb+me", False),
         ("nvidia.com/" + "m" * 63, True),
         ("nvidia.com/" + "m" * 64, False),
         ("nvidia.com/", False),
+        ("nvidia.com/a/b", False),
+        ("nvidia.com/größe", False),
         ("gpu", False),
+        ("kubernetes.io/gpu", False),
+        ("node.kubernetes.io/gpu", False),
+        ("requests.nvidia.com/gpu", False),
+        ("NVIDIA.com/gpu", False),
+        ("-x.com/gpu", False),
+        ("d" * 244 + "/gpu", True),
+        ("d" * 245 + "/gpu", False),
     ],
 )
 def test_only_names_that_the_kubelet_takes_are_valid(name: str, valid: bool) -> None:
@@ -132,13 +134,19 @@ def test_only_names_that_the_kubelet_takes_are_valid(name: str, valid: bool) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "ours"),
+    ("name", "id_", "domain", "ours"),
     [
-        ("nvidia.com/gpu", True),
-        ("nvidia.com/mig-1g.5gb", True),
-        ("nvidia.com/gpu.shared", False),
-        ("x/gpu", False),
+        ("nvidia.com/gpu", "", "nvidia.com", True),
+        ("nvidia.com/mig-1g.5gb", "", "nvidia.com", True),
+        ("nvidia.com/gpu.shared", "", "nvidia.com", True),
+        ("nvidia.com/hostdev", "", "nvidia.com", False),
+        ("nvidia.com/hostdev", "0000:07:00.0", "nvidia.com", False),
+        ("nvidia.com/small", "MIG-1", "nvidia.com", True),
+        ("nvidia.com/small", "GPU-1::3", "nvidia.com", True),
+        ("x/gpu", "GPU-1", "nvidia.com", False),
+        ("x/gpu", "GPU-1", "x", True),
+        ("nvidia.com/gpu", "GPU-1", "x", True),
     ],
 )
-def test_only_our_resources_are_ours(name: str, ours: bool) -> None:
-    assert is_ours(ResourceName(name)) is ours
+def test_only_our_resources_are_ours(name: str, id_: str, domain: str, ours: bool) -> None:
+    assert is_ours(ResourceName(name), id_, domain) is ours
