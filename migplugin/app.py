@@ -35,6 +35,7 @@ from migplugin.kubelet.sockets import NodeLock, remove_stale
 from migplugin.nvml.driver import Driver
 from migplugin.nvml.driverfiles import DriverFiles
 from migplugin.nvml.nodes import CapabilityNodes, is_host_dev
+from migplugin.reload import Reload
 from migplugin.settings import DEFAULT, Settings, describe
 from migplugin.telemetry.http import HttpServer
 from migplugin.telemetry.probes import Probes
@@ -107,8 +108,10 @@ def _has_dev(root: Path) -> bool:
     return os.path.isdir(root / "dev")  # noqa: PTH112  Path.is_dir raises where a root may not be entered
 
 
-async def serve(settings: Settings) -> int:
+async def serve(settings: Settings, again: Callable[[], Settings]) -> int:
     """Runs the agent until SIGTERM (answers 0) or SIGINT (130); 3 where the driver must be there and is not.
+
+    `again` resolves the configuration anew when it may have changed.
 
     Raises InputError or SimulatorError for a simulation that cannot be made, or must not be.
     """
@@ -144,9 +147,15 @@ async def serve(settings: Settings) -> int:
             Pace(settings.poll_interval),
             preparations=_preparations(settings, where),
         )
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reconciler.geometry_changed)
+
+        def reconfigure(new: Settings) -> None:
+            reconciler.reconfigure(options(new, where.host_dev), Pace(new.poll_interval))
+            logging.getLogger().setLevel(new.log_level.upper())
+
+        reload = Reload(settings, again, reconfigure)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload.ask)
         try:
-            return await _serve(settings, reconciler, stop, probes)
+            return await _serve(settings, reconciler, reload, stop, probes)
         finally:
             await driver.close()
 
@@ -180,7 +189,7 @@ def _probes(settings: Settings) -> Iterator[Probes]:
 
 
 async def _serve(
-    settings: Settings, reconciler: Reconciler, stop: asyncio.Future[int], probes: Probes
+    settings: Settings, reconciler: Reconciler, reload: Reload, stop: asyncio.Future[int], probes: Probes
 ) -> int:
     if not await _unless(stop, keep_running("first decision", reconciler.first)):
         return stop.result()
@@ -206,12 +215,12 @@ async def _serve(
     manager = Manager(
         settings.kubelet_socket,
         reconciler.offers,
-        reconciler.world.options.edits,
         reconciler.grant,
         preferred=more_than_one_gpu,
     )
     loops = [
         asyncio.ensure_future(keep_running("reconciler", reconciler.run)),
+        asyncio.ensure_future(keep_running("reload", reload.run)),
         asyncio.ensure_future(follow_kubelet()),
     ]
     serving = asyncio.ensure_future(keep_running("manager", manager.run))
@@ -395,6 +404,8 @@ def _stop_on_signals() -> asyncio.Future[int]:
             log.info("stopping", extra={"signal": name})
             stop.set_result(code)
 
+    # Asking for a reload before there is anything to reload must not be the end.
+    loop.add_signal_handler(signal.SIGHUP, log.debug, "nothing to reload yet")
     loop.add_signal_handler(signal.SIGTERM, ask, "SIGTERM", OK)
     loop.add_signal_handler(signal.SIGQUIT, ask, "SIGQUIT", OK)
     loop.add_signal_handler(signal.SIGINT, ask, "SIGINT", INTERRUPTED)

@@ -85,7 +85,7 @@ def serve(**flags: str | None) -> None:
         )
     from migplugin import app  # noqa: PLC0415
 
-    sys.exit(asyncio.run(app.serve(settings)))
+    sys.exit(asyncio.run(app.serve(settings, lambda: resolve(flags, os.environ))))
 
 
 @cli.command()

@@ -51,10 +51,10 @@ class Reload:
 
     async def run(self) -> None:
         """Follows until cancelled."""
-        watch = None
-        if self.settings.config_file:
-            directory = Path(self.settings.config_file).parent
-            watch = asyncio.ensure_future(keep_running("config", DirectoryWatch(directory, self.ask).run))
+        watches = [
+            asyncio.ensure_future(keep_running("config", DirectoryWatch(directory, self.ask).run))
+            for directory in _directories(self.settings.config_file)
+        ]
         try:
             while True:
                 await self._asked.wait()
@@ -62,7 +62,7 @@ class Reload:
                 self._asked.clear()
                 self._look()
         finally:
-            if watch is not None:
+            for watch in watches:
                 watch.cancel()
 
     def _look(self) -> None:
@@ -89,3 +89,11 @@ class Reload:
             if finding not in self.settings.document.findings:
                 log.warning("attention", extra={"reason": finding})
         self.settings = new
+
+
+def _directories(config_file: str) -> set[Path]:
+    """Where a change of the file shows: beside it and, if it is a link as config-manager makes it, there."""
+    if not config_file:
+        return set()
+    path = Path(config_file)
+    return {path.parent, (path.parent / path.readlink()).parent} if path.is_symlink() else {path.parent}

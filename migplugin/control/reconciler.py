@@ -83,6 +83,14 @@ class Reconciler:
         now = self._clock()
         self._leases.update(((resource, id_), now) for id_ in ids)
 
+    def reconfigure(self, options: Options, pace: Pace) -> None:
+        """From the next decision on, which is made at once, everything goes by `options` and `pace`."""
+        self.world = replace(self.world, options=options)
+        if pace != self._pace:
+            self._pace = pace
+            self._look_at = self._clock()
+        self._wake.set()
+
     def geometry_changed(self) -> None:
         """An event says that instances came or went."""
         if self._changed_at is None:

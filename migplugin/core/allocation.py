@@ -47,14 +47,6 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True)
-class Offers:
-    """Every resource with its offer, and the control nodes that exist on this node."""
-
-    resources: Mapping[ResourceName, Offer] = field(default_factory=dict)
-    control_nodes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class EditOptions:
     """How containers are told their devices.
 
@@ -68,6 +60,15 @@ class EditOptions:
     device_id_strategy: str = "uuid"
     cdi_annotation_prefix: str = "cdi.k8s.io/"
     features: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Offers:
+    """Every resource with its offer, the control nodes of this node, and how containers are told."""
+
+    resources: Mapping[ResourceName, Offer] = field(default_factory=dict)
+    control_nodes: tuple[str, ...] = ()
+    edits: EditOptions = field(default_factory=EditOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,15 +134,14 @@ def check(resource: ResourceName, ids: Iterable[str], offers: Offers) -> tuple[O
     return tuple(found.values())
 
 
-def edits(
-    resource: ResourceName, ids: Iterable[str], offers: Offers, options: EditOptions, token: str = ""
-) -> Edits:
+def edits(resource: ResourceName, ids: Iterable[str], offers: Offers, token: str = "") -> Edits:
     """The container edits for the devices `ids` of `resource` (nvidia-device-plugin.md 4.1).
 
     `token` makes the key of the CDI annotation differ from all others of a pod. Raises AllocationRefused
     as `check` does.
     """
     devices = [offered.device for offered in check(resource, ids, offers)]
+    options = offers.edits
     by_index = options.device_id_strategy == "index"
     names = [device.index if by_index else device.id for device in devices]
     strategies = options.device_list_strategies

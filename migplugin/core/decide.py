@@ -182,7 +182,7 @@ def decide(world: World) -> Outcome:
     }
     control_nodes = world.inventory.control_nodes if world.inventory is not None else ()
     return Outcome(
-        Offers(resources, control_nodes),
+        Offers(resources, control_nodes, world.options.edits),
         memory,
         ended,
         _wake_at(world, entries, emptied),

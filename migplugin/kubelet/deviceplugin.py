@@ -21,7 +21,7 @@ import grpc.aio
 
 from migplugin._proto.deviceplugin.v1beta1 import api_pb2, api_pb2_grpc
 from migplugin.aio import Cell, first_of
-from migplugin.core.allocation import EditOptions, Edits, Offer, OfferedDevice, Offers, edits, prefer
+from migplugin.core.allocation import Edits, Offer, OfferedDevice, Offers, edits, prefer
 from migplugin.core.inventory import DeviceId
 from migplugin.core.resource import ResourceName
 from migplugin.errors import AllocationRefused, KubeletError
@@ -42,7 +42,6 @@ class DevicePlugin(api_pb2_grpc.DevicePluginServicer):
         self,
         resource: ResourceName,
         offers: Cell[Offers],
-        options: EditOptions,
         grant: Grant,
         *,
         preferred: bool,
@@ -52,7 +51,6 @@ class DevicePlugin(api_pb2_grpc.DevicePluginServicer):
         self.stream_ended = asyncio.Event()
         self.stopping = asyncio.Event()
         self._offers = offers
-        self._options = options
         self._grant = grant
         self._preferred = preferred
         self._streams = 0
@@ -113,7 +111,7 @@ class DevicePlugin(api_pb2_grpc.DevicePluginServicer):
             for container in request.container_requests:
                 ids = container.devices_ids
                 answer.container_responses.append(
-                    as_response(edits(self.resource, ids, self._offers.value, self._options, _token()))
+                    as_response(edits(self.resource, ids, self._offers.value, _token()))
                 )
                 granted += map(DeviceId, ids)
         except AllocationRefused as exc:

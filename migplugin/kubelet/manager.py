@@ -22,7 +22,7 @@ import grpc.aio
 
 from migplugin._proto.deviceplugin.v1beta1 import api_pb2, api_pb2_grpc
 from migplugin.aio import Cell, DirectoryWatch, first_of, keep_running
-from migplugin.core.allocation import EditOptions, Offers
+from migplugin.core.allocation import Offers
 from migplugin.core.resource import ResourceName
 from migplugin.errors import KubeletError
 from migplugin.kubelet import sockets
@@ -49,7 +49,6 @@ class Manager:
         self,
         kubelet_socket: Path,
         offers: Cell[Offers],
-        options: EditOptions,
         grant: Grant,
         *,
         preferred: Callable[[], bool],
@@ -57,7 +56,6 @@ class Manager:
         self.incarnation: Cell[Incarnation | None] = Cell(None)
         self._socket = kubelet_socket
         self._offers = offers
-        self._options = options
         self._grant = grant
         self._preferred = preferred
         self._stopping = asyncio.Event()
@@ -188,7 +186,7 @@ class Manager:
                 f"NVIDIA's device plugin serves {resource} at {other}: two plugins drive a resource to 0, "
                 "so remove the DaemonSet nvidia-device-plugin-daemonset (or its node label) first"
             )
-        plugin = DevicePlugin(resource, self._offers, self._options, self._grant, preferred=self._preferred())
+        plugin = DevicePlugin(resource, self._offers, self._grant, preferred=self._preferred())
         server = Server(plugin, self._socket.parent)
         incarnation = self.incarnation.value
         assert incarnation is not None, "asked for a kubelet first"

@@ -1,5 +1,6 @@
 """What Allocate grants and refuses, and which devices we would rather see taken."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import hypothesis.strategies as st
@@ -67,7 +68,7 @@ TWO = offers(
 def test_what_cannot_be_granted_is_refused_with_the_reason(
     resource: ResourceName, ids: list[str], refusal: str
 ) -> None:
-    for refused in (lambda: check(resource, ids, TWO), lambda: edits(resource, ids, TWO, EditOptions())):
+    for refused in (lambda: check(resource, ids, TWO), lambda: edits(resource, ids, TWO)):
         with pytest.raises(AllocationRefused) as caught:
             refused()
         assert str(caught.value) == refusal
@@ -78,14 +79,14 @@ def test_what_is_granted_comes_in_the_order_of_the_request() -> None:
 
 
 def test_the_environment_names_the_devices() -> None:
-    granted = edits(MIG_1G, ["MIG-b", "MIG-a"], TWO, EditOptions())
+    granted = edits(MIG_1G, ["MIG-b", "MIG-a"], replace(TWO, edits=EditOptions()))
     assert granted.envs == {"NVIDIA_VISIBLE_DEVICES": "MIG-b,MIG-a"}
     assert (granted.mounts, granted.nodes) == ((), ())
 
 
 @pytest.mark.parametrize("strategies", [{VOLUME_MOUNTS}, {VOLUME_MOUNTS, ENVVAR}])
 def test_mounts_name_the_devices_and_the_environment_names_the_mounts(strategies: set[str]) -> None:
-    granted = edits(MIG_1G, ["MIG-a", "MIG-b"], TWO, EditOptions(frozenset(strategies)))
+    granted = edits(MIG_1G, ["MIG-a", "MIG-b"], replace(TWO, edits=EditOptions(frozenset(strategies))))
     assert granted.envs == {"NVIDIA_VISIBLE_DEVICES": "/var/run/nvidia-container-devices"}
     assert granted.mounts == (
         Mount("/dev/null", "/var/run/nvidia-container-devices/MIG-a"),
@@ -94,7 +95,7 @@ def test_mounts_name_the_devices_and_the_environment_names_the_mounts(strategies
 
 
 def test_nodes_are_named_once_the_control_nodes_first() -> None:
-    granted = edits(MIG_1G, ["MIG-b", "MIG-a"], TWO, EditOptions(pass_device_specs=True))
+    granted = edits(MIG_1G, ["MIG-b", "MIG-a"], replace(TWO, edits=EditOptions(pass_device_specs=True)))
     assert [node.container_path for node in granted.nodes] == [
         *CONTROL,
         "/dev/nvidia0",
@@ -110,7 +111,7 @@ def test_nodes_are_named_once_the_control_nodes_first() -> None:
      ("/run/nvidia/", "/run/nvidia/dev/nvidiactl")],
 )  # fmt: skip
 def test_nodes_are_looked_for_under_the_host_s_root(root: str, host: str) -> None:
-    granted = edits(MIG_1G, ["MIG-a"], TWO, EditOptions(pass_device_specs=True, dev_root=root))
+    granted = edits(MIG_1G, ["MIG-a"], replace(TWO, edits=EditOptions(pass_device_specs=True, dev_root=root)))
     assert granted.nodes[0] == DeviceNode(host, "/dev/nvidiactl")
 
 

@@ -1,5 +1,6 @@
 """What a container gets, strategy by strategy, as NVIDIA's plugin answers (nvidia-device-plugin.md 4.1)."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -26,7 +27,7 @@ NAMES = ("k8s.device-plugin.nvidia.com/gpu=MIG-b", "k8s.device-plugin.nvidia.com
 
 def answer(*strategies: str, **options: object) -> Edits:
     chosen = EditOptions(frozenset(strategies), **options)  # type: ignore[arg-type]
-    return edits(MIG, ("MIG-b", "MIG-a"), OFFERS, chosen, "token")
+    return edits(MIG, ("MIG-b", "MIG-a"), replace(OFFERS, edits=chosen), "token")
 
 
 ALL = [c for n in range(1, 5) for c in combinations(STRATEGIES, n)]

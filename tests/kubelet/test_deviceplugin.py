@@ -37,11 +37,9 @@ class Served:
     """A running server, and a client of it."""
 
     def __init__(self, directory: Path, first: Offers, options: EditOptions) -> None:
-        self.offers = Cell(first)
+        self.offers = Cell(replace(first, edits=options))
         self.granted: list[str] = []
-        self.plugin = DevicePlugin(
-            MIG, self.offers, options, lambda _, ids: self.granted.extend(ids), preferred=True
-        )
+        self.plugin = DevicePlugin(MIG, self.offers, lambda _, ids: self.granted.extend(ids), preferred=True)
         self.server = Server(self.plugin, directory)
 
     async def __aenter__(self) -> Self:
@@ -212,7 +210,7 @@ from migplugin.kubelet.deviceplugin import DevicePlugin, Server
 directory = Path(sys.argv[1])
 def made():
     cell = Cell(offers(device("MIG-a")))
-    return Server(DevicePlugin(MIG, cell, EditOptions(), lambda *_: None, preferred=False), directory)
+    return Server(DevicePlugin(MIG, cell, lambda *_: None, preferred=False), directory)
 async def main():
     served = made()
     await served.start()
@@ -239,7 +237,7 @@ def test_a_directory_that_is_not_writable_any_more_is_said_in_one_line_and_once(
 
 
 async def test_a_directory_that_is_missing_is_named(short: Path) -> None:
-    plugin = DevicePlugin(MIG, Cell(Offers()), EditOptions(), lambda *_: None, preferred=False)
+    plugin = DevicePlugin(MIG, Cell(Offers()), lambda *_: None, preferred=False)
     server = Server(plugin, short / "nowhere")
     with pytest.raises(KubeletError, match=r"nowhere: no such directory"):
         await server.start()

@@ -11,7 +11,6 @@ import pytest
 
 from migplugin._proto.deviceplugin.v1beta1 import api_pb2, api_pb2_grpc
 from migplugin.aio import Cell
-from migplugin.core.allocation import EditOptions
 from migplugin.kubelet.manager import Manager
 from migplugin.sim.kubelet import Kubelet
 from tests.kubelet.test_deviceplugin import MIG, device, offers
@@ -31,9 +30,7 @@ class Deaf(api_pb2_grpc.RegistrationServicer):
 @contextlib.asynccontextmanager
 async def managed(socket: Path) -> AsyncIterator[Manager]:
     cell = Cell(offers(device("MIG-a")))
-    manager = Manager(
-        socket, cell, EditOptions(frozenset({"envvar"})), lambda *_: None, preferred=lambda: True
-    )
+    manager = Manager(socket, cell, lambda *_: None, preferred=lambda: True)
     running = asyncio.ensure_future(manager.run())
     try:
         yield manager

@@ -4,7 +4,7 @@ import socket
 from pathlib import Path
 
 from migplugin.aio import Cell
-from migplugin.core.allocation import EditOptions, Offer, Offers
+from migplugin.core.allocation import Offer, Offers
 from migplugin.core.resource import ResourceName
 from migplugin.kubelet.deviceplugin import DevicePlugin, Server
 from migplugin.kubelet.manager import Manager
@@ -17,9 +17,9 @@ def grant(*_: object) -> None:
 
 
 async def test_a_server_is_dead_when_its_socket_is_there_and_nobody_listens(short: Path) -> None:
-    offers, options = Cell(Offers({NAME: Offer({})})), EditOptions()
-    manager = Manager(short / "kubelet.sock", offers, options, grant, preferred=lambda: False)
-    server = Server(DevicePlugin(NAME, offers, options, grant, preferred=False), short)
+    offers = Cell(Offers({NAME: Offer({})}))
+    manager = Manager(short / "kubelet.sock", offers, grant, preferred=lambda: False)
+    server = Server(DevicePlugin(NAME, offers, grant, preferred=False), short)
     assert manager.states() == {NAME: False}
     await server.start()
     life = (1, 1, 1)
