@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PROTOS := deviceplugin/v1beta1/api.proto podresources/v1/api.proto
 LOCK := uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate
 
-.PHONY: help setup demo test check bench fmt protos locks lock-upgrade readme clean
+.PHONY: help setup demo test check bench package image fmt protos locks lock-upgrade readme clean
 .DEFAULT_GOAL := help
 
 help: ## what each target does
@@ -37,6 +37,12 @@ check: $(STAMP) ## ruff, mypy, import layers, stubs, locks, settings table
 
 bench: $(STAMP) ## measure beside a floor: JSON in bench-results/ and a table
 	$(BIN)/python -m benchmarks
+
+package: $(STAMP) ## sdist, wheel and SBOM in dist/, the wheel tried
+	@.ci/package
+
+image: $(STAMP) ## build the image for real and run it read-only (root, Debian)
+	@.ci/image
 
 fmt: $(STAMP) ## format the code
 	$(BIN)/ruff format .
