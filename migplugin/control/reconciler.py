@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 from migplugin.aio import Cell, first_of
 from migplugin.control.ports import Driver, Preparation, UsageSource
-from migplugin.core.allocation import Offers
+from migplugin.core.allocation import Offers, granted
 from migplugin.core.decide import Key, Options, Outcome, Usage, World, decide
 from migplugin.core.health import Fault
 from migplugin.core.inventory import DeviceId, Inventory
@@ -81,7 +81,11 @@ class Reconciler:
     def grant(self, resource: ResourceName, ids: Collection[DeviceId]) -> None:
         """Remembers that Allocate has just handed out `ids`. There is no await between its check and this."""
         now = self._clock()
+        known = self.outcome.memory.named if self.outcome is not None else frozenset()
+        new = [id_ for id_ in ids if (resource, id_) not in known and (resource, id_) not in self._leases]
         self._leases.update(((resource, id_), now) for id_ in ids)
+        if new:
+            self.offers.set(granted(self.offers.value, resource, new))
 
     def reconfigure(self, options: Options, pace: Pace) -> None:
         """From the next decision on, which is made at once, everything goes by `options` and `pace`."""

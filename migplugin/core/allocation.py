@@ -1,16 +1,15 @@
-"""What is offered, what Allocate adds to a container, and which devices we would rather see taken.
+"""What is offered, and what Allocate adds to a container.
 
 All of it works on the offers in memory: an allocation never depends on a driver call, and the
 kubelet, which waits for it in its sync loop, never waits for a GPU.
 """
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from migplugin.core import cdi
-from migplugin.core.inventory import DeviceId
-from migplugin.core.resource import Device, ResourceName
+from migplugin.core.inventory import DeviceId, GpuUuid
+from migplugin.core.resource import Device, ResourceName, is_replica
 from migplugin.errors import AllocationRefused
 
 ENVVAR = "envvar"
@@ -36,14 +35,24 @@ class OfferedDevice:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """The devices shown under one resource now.
+    """The devices shown under one resource now, by the ids they are shown under.
 
-    `revision` only makes two equal offers differ: a list that is sent again makes the kubelet
-    rewrite its checkpoint, which goes on naming deleted pods until then (kubelet.md 4).
+    `fit` has the ids of each device that is Healthy. `revision` only makes two equal offers differ: a list
+    that is sent again makes the kubelet rewrite its checkpoint, which goes on naming deleted pods until
+    then (kubelet.md 4).
     """
 
     devices: Mapping[DeviceId, OfferedDevice]
     revision: int = 0
+    fit: Mapping[DeviceId, tuple[DeviceId, ...]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        ids: dict[DeviceId, list[DeviceId]] = {}
+        for id_, offered in self.devices.items():
+            if offered.healthy:
+                ids.setdefault(offered.device.id, []).append(id_)
+        # Asked for with every preference and never changing: worked out once.
+        object.__setattr__(self, "fit", {device: tuple(shown) for device, shown in ids.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +73,20 @@ class EditOptions:
 
 @dataclass(frozen=True, slots=True)
 class Offers:
-    """Every resource with its offer, the control nodes of this node, and how containers are told."""
+    """Every resource with its offer, and all that answers to the kubelet are made of.
+
+    `control_nodes` exist on this node, `edits` is how containers are told. `one_replica_each` refuses more
+    than one replica in a request. `policy` is how to choose among devices, "" for the usual; `use` is how
+    many ids of which resource are held on each GPU, and `links` how near GPUs are to each other.
+    """
 
     resources: Mapping[ResourceName, Offer] = field(default_factory=dict)
     control_nodes: tuple[str, ...] = ()
     edits: EditOptions = field(default_factory=EditOptions)
+    one_replica_each: bool = False
+    policy: str = ""
+    use: Mapping[GpuUuid, Mapping[ResourceName, int]] = field(default_factory=dict)
+    links: Mapping[tuple[GpuUuid, GpuUuid], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +149,23 @@ def check(resource: ResourceName, ids: Iterable[str], offers: Offers) -> tuple[O
         if id_ in found:
             raise AllocationRefused(f"{resource}: device {id_} is named twice in one request")
         found[id_] = offered
+    if offers.one_replica_each and len(found) > 1 and any(map(is_replica, found)):
+        raise AllocationRefused(
+            f"{resource}: maximum request size for shared resources is 1; found {len(found)}; "
+            f"request one {resource}, or set failRequestsGreaterThanOne to false"
+        )
     return tuple(found.values())
+
+
+def granted(offers: Offers, resource: ResourceName, ids: Collection[DeviceId]) -> Offers:
+    """`offers` once `ids`, which nobody held, are handed out: their GPUs are in more use."""
+    use = {gpu: dict(held) for gpu, held in offers.use.items()}
+    offer = offers.resources.get(resource) or Offer({})
+    for id_ in ids:
+        if id_ in offer.devices:
+            held = use.setdefault(offer.devices[id_].device.gpu, {})
+            held[resource] = held.get(resource, 0) + 1
+    return replace(offers, use=use)
 
 
 def edits(resource: ResourceName, ids: Iterable[str], offers: Offers, token: str = "") -> Edits:
@@ -143,7 +177,8 @@ def edits(resource: ResourceName, ids: Iterable[str], offers: Offers, token: str
     devices = [offered.device for offered in check(resource, ids, offers)]
     options = offers.edits
     by_index = options.device_id_strategy == "index"
-    names = [device.index if by_index else device.id for device in devices]
+    # Replicas of one device are one device.
+    names = list(dict.fromkeys(device.index if by_index else device.id for device in devices))
     strategies = options.device_list_strategies
     qualified = tuple(f"{cdi.KIND}={name}" for name in names)
     envs = {f"NVIDIA_{feature}": "enabled" for feature in options.features}
@@ -166,45 +201,3 @@ def edits(resource: ResourceName, ids: Iterable[str], offers: Offers, token: str
         root = options.dev_root.rstrip("/")
         nodes = tuple(DeviceNode(root + path, path) for path in paths)
     return Edits(envs, mounts, nodes, annotations, cdi_devices)
-
-
-def prefer(
-    available: Collection[str], must: Iterable[str], size: int, offer: Offer | None
-) -> tuple[str, ...]:
-    """Which `size` of the `available` ids to take, `must` among them: packed on the fewest GPUs.
-
-    Never fails, whatever it is given, since an error fails the pod (kubelet.md 1.6): ids that we do
-    not know are taken last, and a size that cannot be reached gives all there is.
-    """
-    known = offer.devices if offer is not None else {}
-    chosen = list(dict.fromkeys(must))
-    free: dict[tuple[int, str], list[str]] = defaultdict(list)
-    used: set[tuple[int, str]] = set()
-    for id_ in chosen:
-        used.add(_gpu_of(id_, known))
-    for id_ in sorted(set(available) - set(chosen)):
-        free[_gpu_of(id_, known)].append(id_)
-    while free and len(chosen) < size:
-        missing = size - len(chosen)
-        # GPUs already in use first; then the tightest GPU that ends it, else the one that brings most.
-        gpu = min(
-            free,
-            key=lambda key: (
-                key == _UNKNOWN,
-                key not in used,
-                len(free[key]) if len(free[key]) >= missing else 1 << 30,
-                -len(free[key]),
-                key,
-            ),
-        )
-        chosen += free.pop(gpu)[:missing]
-        used.add(gpu)
-    return tuple(chosen)
-
-
-_UNKNOWN = (1 << 30, "")
-
-
-def _gpu_of(id_: str, known: Mapping[DeviceId, OfferedDevice]) -> tuple[int, str]:
-    offered = known.get(DeviceId(id_))
-    return (offered.device.gpu_index, offered.device.gpu) if offered is not None else _UNKNOWN

@@ -20,10 +20,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from migplugin.core.allocation import EditOptions, Offer, OfferedDevice, Offers
-from migplugin.core.assignment import Assignment, assign
+from migplugin.core.assignment import Assignment, assign, names_of_single
 from migplugin.core.health import Change, Fault, Health, fold
 from migplugin.core.inventory import DeviceId, GpuUuid, Inventory
-from migplugin.core.resource import GPU, Device, ResourceName, Strategy, is_ours
+from migplugin.core.naming import Naming
+from migplugin.core.resource import Device, ResourceName, Strategy, device_of, is_ours, is_replica
+from migplugin.core.sharing import TimeSlicing
 from migplugin.core.xid import Checks
 
 EMPTY_OFFER_KEPT = 60.0
@@ -33,6 +35,7 @@ USAGE_SOONEST = 2.0
 USAGE_LATEST = 30.0
 
 Key = tuple[ResourceName, DeviceId]
+Hold = tuple[ResourceName, bool]
 
 
 class Source(StrEnum):
@@ -66,13 +69,16 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Times in seconds."""
+    """Times in seconds; `policy` is how to choose among devices, "" for the usual (preference)."""
 
     strategy: Strategy = Strategy.MIXED
     removal_delay: float = 60.0
     driver_grace: float = 60.0
     edits: EditOptions = field(default_factory=EditOptions)
     checks: Checks = field(default_factory=Checks)
+    naming: Naming = field(default_factory=Naming)
+    sharing: TimeSlicing = field(default_factory=TimeSlicing)
+    policy: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +86,21 @@ class Entry:
     """An id that was offered, or that a pod holds: its last known device, and why it is unfit, if it is.
 
     `vanished` is since when it is known not to be there, which is another thing than being sick: a
-    device on a GPU that does not answer is not gone.
+    device on a GPU that does not answer is not gone. Replicas that share their fate are one entry, which
+    stays the same object while nothing changes: there may be thousands.
     """
 
-    device: Device
-    sick: str = ""
+    offered: OfferedDevice
     sick_since: float | None = None
     vanished: float | None = None
+
+    @property
+    def device(self) -> Device:
+        return self.offered.device
+
+    @property
+    def sick(self) -> str:
+        return self.offered.sick
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +108,11 @@ class Memory:
     """What one decision leaves to the next.
 
     `named` is what the sources of usage name, or named when they were last all heard: one that falls
-    silent frees nothing.
+    silent frees nothing. `offers` are those that were shown.
     """
 
     entries: Mapping[ResourceName, Mapping[DeviceId, Entry]] = field(default_factory=dict)
+    offers: Mapping[ResourceName, Offer] = field(default_factory=dict)
     emptied: Mapping[ResourceName, float] = field(default_factory=dict)
     revisions: Mapping[ResourceName, int] = field(default_factory=dict)
     unseen_leases: Mapping[tuple[Key, float], int] = field(default_factory=dict)
@@ -164,8 +179,13 @@ def decide(world: World) -> Outcome:
         resource: world.memory.revisions.get(resource, 0) + (fresh and resource in waiting)
         for resource in entries
     }
+    offers = {
+        resource: _offer(listed, revisions[resource], world.memory.offers.get(resource))
+        for resource, listed in sorted(entries.items())
+    }
     memory = Memory(
         entries=entries,
+        offers=offers,
         emptied=emptied,
         revisions=revisions,
         unseen_leases=unseen,
@@ -174,15 +194,17 @@ def decide(world: World) -> Outcome:
         served_profile=served,
         health=health,
     )
-    resources = {
-        resource: Offer(
-            {id_: OfferedDevice(e.device, e.sick) for id_, e in listed.items()}, revisions[resource]
-        )
-        for resource, listed in sorted(entries.items())
-    }
-    control_nodes = world.inventory.control_nodes if world.inventory is not None else ()
+    inventory = world.inventory
     return Outcome(
-        Offers(resources, control_nodes, world.options.edits),
+        Offers(
+            offers,
+            inventory.control_nodes if inventory is not None else (),
+            world.options.edits,
+            world.options.sharing.fail_requests_greater_than_one,
+            world.options.policy,
+            _use(world, entries, held),
+            inventory.links if inventory is not None else {},
+        ),
         memory,
         ended,
         _wake_at(world, entries, emptied),
@@ -190,6 +212,31 @@ def decide(world: World) -> Outcome:
         warnings,
         changes,
     )
+
+
+def _offer(listed: Mapping[DeviceId, Entry], revision: int, before: Offer | None) -> Offer:
+    """The offer of `listed`, which is `before` itself where nothing has changed."""
+    devices = {id_: entry.offered for id_, entry in listed.items()}
+    if before is not None and before.revision == revision and before.devices == devices:
+        return before
+    return Offer(devices, revision)
+
+
+def _use(
+    world: World, entries: Entries, held: AbstractSet[Key]
+) -> Mapping[GpuUuid, Mapping[ResourceName, int]]:
+    """How many ids of which resource are held on each GPU."""
+    devices = () if world.inventory is None else world.inventory.devices()
+    gpus = {device.uuid: gpu.uuid for gpu, device in devices}
+    use: dict[GpuUuid, dict[ResourceName, int]] = {}
+    for resource, id_ in held:
+        entry = entries.get(resource, {}).get(id_)
+        device = device_of(id_)
+        on = entry.device.gpu if entry is not None else gpus.get(device, GpuUuid(device))
+        if on:
+            here = use.setdefault(on, {})
+            here[resource] = here.get(resource, 0) + 1
+    return use
 
 
 def _age_leases(world: World) -> tuple[Mapping[tuple[Key, float], int], frozenset[tuple[Key, float]]]:
@@ -219,46 +266,49 @@ def _age_leases(world: World) -> tuple[Mapping[tuple[Key, float], int], frozense
 def _see(world: World, held: AbstractSet[Key], health: Health) -> tuple[Entries, str, tuple[str, ...]]:
     """Every id that lives, was offered, or is held by a pod; the profile that `single` serves; warnings."""
     known = world.memory.entries
-    if world.inventory is None:
-        assignment = Assignment({}, (), world.memory.served_profile)
-    else:
-        held_profiles = {
-            id_: entry.device.profile for id_, entry in known.get(GPU, {}).items() if (GPU, id_) in held
-        } | {id_: "" for resource, id_ in held if resource == GPU and id_ not in known.get(GPU, {})}
-        assignment = assign(
-            world.inventory,
-            world.options.strategy,
-            served=world.memory.served_profile,
-            held=held_profiles,
-        )
-    driver = _driver_sickness(world)
-    holders_of: dict[DeviceId, list[ResourceName]] = {}
+    # Each device that somebody holds: under which resources, and whether as a replica.
+    holders: dict[DeviceId, set[Hold]] = {}
     for resource, id_ in held:
-        holders_of.setdefault(id_, []).append(resource)
+        holders.setdefault(device_of(id_), set()).add((resource, is_replica(id_)))
+    assignment = _assign(world, held, holders)
+    driver = _driver_sickness(world)
 
     entries: dict[ResourceName, dict[DeviceId, Entry]] = {resource: {} for resource in known}
+    live: dict[DeviceId, tuple[ResourceName, Device]] = {}
     for resource, devices in assignment.resources.items():
+        listed, listed_before = entries.setdefault(resource, {}), known.get(resource, {})
+        last: tuple[Device, Entry | None, Entry] | None = None
         for id_, device in devices.items():
-            elsewhere = sorted(other for other in holders_of.get(id_, ()) if other != resource)
-            sick = driver or (f"still held by a pod as {elsewhere[0]}" if elsewhere else "")
-            sick = sick or health.why(id_, device.gpu) or world.unready.get(id_, "")
-            before = known.get(resource, {}).get(id_)
-            entries.setdefault(resource, {})[id_] = _entry(world, device, sick, before, vanished=False)
+            before = listed_before.get(id_)
+            if last is None or last[0] is not device or last[1] is not before:
+                live[device.id] = resource, device
+                sick = driver or _elsewhere(holders.get(device.id, set()), resource, id_)
+                sick = sick or health.why(device.id, device.gpu) or world.unready.get(device.id, "")
+                last = device, before, _entry(world, device, sick, before, vanished=False)
+            listed[id_] = last[2]
 
-    live = {id_: resource for resource, devices in assignment.resources.items() for id_ in devices}
-    remembered = {
-        (resource, id_): entry for resource, listed in known.items() for id_, entry in listed.items()
-    }
-    ours = {key for key in held if is_ours(key[0])}
-    for resource, id_ in sorted(ours | remembered.keys()):
-        if id_ in entries.get(resource, ()):
-            continue
-        before = remembered.get((resource, id_))
-        device = before.device if before is not None else Device(id_, GpuUuid(""), -1, "", None, ())
-        sick, vanished = _absence(world, device, resource, live.get(id_))
-        entries.setdefault(resource, {})[id_] = _entry(
-            world, device, driver or sick, before, vanished=vanished
-        )
+    absent: list[tuple[ResourceName, DeviceId, Entry | None]] = [
+        (resource, id_, entry)
+        for resource, remembered in known.items()
+        for id_, entry in remembered.items()
+        if id_ not in entries[resource]
+    ]
+    absent += [
+        (resource, id_, None)
+        for resource, id_ in held
+        if id_ not in entries.get(resource, ()) and id_ not in known.get(resource, ())
+        if is_ours(resource, id_, world.options.naming.domain)
+    ]
+    answering = _answering(world)
+    missing: tuple[Entry | None, Entry] | None = None
+    for resource, id_, before in sorted(absent, key=lambda one: one[:2]):
+        if before is None or missing is None or missing[0] is not before:
+            unknown = None, Device(device_of(id_), GpuUuid(""), -1, "", None, ())
+            live_as, device = live.get(device_of(id_), unknown)
+            device = before.device if before is not None else device
+            sick, vanished = _absence(world, device, resource, live_as, answering)
+            missing = before, _entry(world, device, driver or sick, before, vanished=vanished)
+        entries.setdefault(resource, {})[id_] = missing[1]
 
     warnings = list(assignment.left_out)
     if world.inventory is not None:
@@ -272,6 +322,55 @@ def _see(world: World, held: AbstractSet[Key], health: Health) -> tuple[Entries,
     return entries, assignment.served_profile, tuple(warnings)
 
 
+def _assign(
+    world: World, held: AbstractSet[Key], holders: Mapping[DeviceId, AbstractSet[Hold]]
+) -> Assignment:
+    known, options = world.memory.entries, world.options
+    if world.inventory is None:
+        return Assignment({}, (), world.memory.served_profile)
+    profiles: dict[DeviceId, str] = {}
+    if options.strategy is Strategy.SINGLE:
+        names = names_of_single(options.naming, options.sharing)
+        for resource, id_ in held:
+            if resource in names:
+                entry = known.get(resource, {}).get(id_)
+                profiles[device_of(id_)] = entry.device.profile if entry is not None else ""
+    shared: set[DeviceId] = set()
+    if any(isinstance(resource.devices, int) for resource in options.sharing.resources):
+        shared = {device for device, ways in holders.items() if any(as_replica for _, as_replica in ways)}
+        shared |= {
+            entry.device.id
+            for listed in known.values()
+            for id_, entry in listed.items()
+            if entry.vanished is None and is_replica(id_)
+        }
+    whole = {device for device, ways in holders.items() if not all(as_replica for _, as_replica in ways)}
+    return assign(
+        world.inventory,
+        options.strategy,
+        options.naming,
+        options.sharing,
+        served=world.memory.served_profile,
+        held=profiles,
+        shared=shared,
+        whole=whole,
+    )
+
+
+def _elsewhere(ways: AbstractSet[Hold], resource: ResourceName, id_: DeviceId) -> str:
+    """Why a device that is held in these ways is not to be offered as `id_` of `resource`, or "".
+
+    Replicas of one resource do not stand in each other's way.
+    """
+    others = sorted(ways - {(resource, is_replica(id_))})
+    if not others:
+        return ""
+    name, as_replica = others[0]
+    if name != resource:
+        return f"still held by a pod as {name}"
+    return "a pod still holds a replica of it" if as_replica else "a pod still has it to itself"
+
+
 def _driver_sickness(world: World) -> str:
     """Why every device is sick because the driver as a whole is, or ""."""
     if world.driver_failed is None or world.now < world.driver_failed + world.options.driver_grace:
@@ -279,15 +378,28 @@ def _driver_sickness(world: World) -> str:
     return f"the driver does not answer: {world.driver_error}"
 
 
+def _answering(world: World) -> AbstractSet[str]:
+    """The ids of all that the driver shows, offered or not."""
+    if world.inventory is None:
+        return frozenset()
+    return {mig.uuid for _, mig in world.inventory.devices()} | {gpu.uuid for gpu in world.inventory.gpus}
+
+
 def _absence(
-    world: World, device: Device, resource: ResourceName, live_as: ResourceName | None
+    world: World,
+    device: Device,
+    resource: ResourceName,
+    live_as: ResourceName | None,
+    answering: AbstractSet[str],
 ) -> tuple[str, bool]:
     """Why a device is not there to be offered as `resource`, and whether it is known to be gone."""
+    if live_as == resource:
+        return "no longer offered under this id: how its device is shared has changed", True
     if live_as is not None:
         return f"no longer offered as {resource} but as {live_as}", True
     if world.inventory is None:
         return "the driver has not answered yet", False
-    if any(device.id in {gpu.uuid, *(mig.uuid for mig in gpu.devices)} for gpu in world.inventory.gpus):
+    if device.id in answering:
         return f"no longer offered as {resource}", True
     for gpu in world.inventory.broken:
         # A broken GPU without its uuid may be anyone's, and a device that only a pod names may be on
@@ -301,30 +413,32 @@ def _absence(
 def _entry(world: World, device: Device, sick: str, before: Entry | None, *, vanished: bool) -> Entry:
     since = before.sick_since if before is not None and before.sick else None
     gone = before.vanished if before is not None else None
-    return Entry(
-        device,
-        sick,
+    entry = Entry(
+        OfferedDevice(device, sick),
         (world.now if since is None else since) if sick else None,
         (world.now if gone is None else gone) if vanished else None,
     )
+    return before if before is not None and before == entry else entry
 
 
 def _forget(world: World, entries: Entries, held: AbstractSet[Key]) -> tuple[Entries, set[ResourceName]]:
     """The entries that stay, and the resources where only the checkpoint still names what is long gone."""
-    kept: dict[ResourceName, dict[DeviceId, Entry]] = {}
+    kept: dict[ResourceName, Mapping[DeviceId, Entry]] = {}
     waiting = set()
+    stale = world.usage.named - world.usage.named_by_pod_resources
     for resource, listed in entries.items():
-        kept[resource] = {}
+        leaving = set()
         for id_, entry in listed.items():
-            key = (resource, id_)
-            due = None if entry.vanished is None else entry.vanished + world.options.removal_delay
-            past = due is not None and world.now >= due and world.driver_failed is None
-            asked = due is not None and world.usage.complete and world.usage.began >= due
-            if past and asked and key not in held:
+            if entry.vanished is None:
                 continue
-            if past and asked and key in world.usage.named and key not in world.usage.named_by_pod_resources:
+            due = entry.vanished + world.options.removal_delay
+            past = world.now >= due and world.driver_failed is None
+            asked = world.usage.complete and world.usage.began >= due
+            if past and asked and (resource, id_) not in held:
+                leaving.add(id_)
+            elif past and asked and (resource, id_) in stale:
                 waiting.add(resource)
-            kept[resource][id_] = entry
+        kept[resource] = {i: e for i, e in listed.items() if i not in leaving} if leaving else listed
     return kept, waiting
 
 

@@ -5,7 +5,7 @@ MIG devices, only without placement. A GPU whose calls fail is not dropped but l
 so that nobody takes silence for absence.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NewType
 
@@ -99,13 +99,17 @@ class BrokenGpu:
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """`unreadable` says in one sentence each what the driver refused to tell, for example placements."""
+    """`unreadable` says in one sentence each what the driver refused to tell, for example placements.
+
+    `links` is how near pairs of GPUs are to each other, as NVIDIA counts it (nvidia-device-plugin.md 5).
+    """
 
     driver_version: str
     gpus: tuple[Gpu, ...]
     broken: tuple[BrokenGpu, ...] = ()
     control_nodes: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
+    links: Mapping[tuple[GpuUuid, GpuUuid], int] = field(default_factory=dict)
 
     def devices(self) -> Iterator[tuple[Gpu, MigDevice]]:
         """Every MIG device with its GPU, in order of GPU index, GPU instance and compute instance."""

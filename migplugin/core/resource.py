@@ -41,6 +41,11 @@ class Device:
     nodes: tuple[str, ...]
     index: str = ""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a GPU and no part of one."""
+        return self.id == DeviceId(self.gpu)
+
 
 def of_profile(profile: str, domain: str = NVIDIA) -> ResourceName:
     """`<domain>/mig-<profile>`, spelt as the kubelet accepts it (kubelet.md 1.1)."""

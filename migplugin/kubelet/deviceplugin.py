@@ -21,8 +21,9 @@ import grpc.aio
 
 from migplugin._proto.deviceplugin.v1beta1 import api_pb2, api_pb2_grpc
 from migplugin.aio import Cell, first_of
-from migplugin.core.allocation import Edits, Offer, OfferedDevice, Offers, edits, prefer
+from migplugin.core.allocation import Edits, Offer, OfferedDevice, Offers, edits
 from migplugin.core.inventory import DeviceId
+from migplugin.core.preference import prefer
 from migplugin.core.resource import ResourceName
 from migplugin.errors import AllocationRefused, KubeletError
 from migplugin.kubelet import sockets
@@ -90,11 +91,14 @@ class DevicePlugin(api_pb2_grpc.DevicePluginServicer):
         self, request: api_pb2.PreferredAllocationRequest, context: object
     ) -> api_pb2.PreferredAllocationResponse:
         """A hint. Never an error, since that would fail the pod."""
-        offer = self._offers.value.resources.get(self.resource)
         answer = api_pb2.PreferredAllocationResponse()
         for wanted in request.container_requests:
             chosen = prefer(
-                wanted.available_deviceIDs, wanted.must_include_deviceIDs, wanted.allocation_size, offer
+                self.resource,
+                wanted.available_deviceIDs,
+                wanted.must_include_deviceIDs,
+                wanted.allocation_size,
+                self._offers.value,
             )
             answer.container_responses.add(deviceIDs=chosen)
         return answer
@@ -184,12 +188,12 @@ class Server:
 def as_list(offer: Offer) -> api_pb2.ListAndWatchResponse:
     """The kubelet's form of an offer, in order of id."""
     return api_pb2.ListAndWatchResponse(
-        devices=[_as_device(offer.devices[id_]) for id_ in sorted(offer.devices)]
+        devices=[_as_device(id_, offer.devices[id_]) for id_ in sorted(offer.devices)]
     )
 
 
-def _as_device(offered: OfferedDevice) -> api_pb2.Device:
-    device = api_pb2.Device(ID=offered.device.id, health=HEALTHY if offered.healthy else UNHEALTHY)
+def _as_device(id_: DeviceId, offered: OfferedDevice) -> api_pb2.Device:
+    device = api_pb2.Device(ID=id_, health=HEALTHY if offered.healthy else UNHEALTHY)
     # A topology that is there but empty hides the device from pod-resources (kubelet.md 1.7).
     if offered.device.numa_node is not None:
         device.topology.nodes.add(ID=offered.device.numa_node)

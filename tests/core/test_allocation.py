@@ -1,11 +1,8 @@
-"""What Allocate grants and refuses, and which devices we would rather see taken."""
+"""What Allocate grants and refuses."""
 
 from dataclasses import replace
-from itertools import combinations
 
-import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
 
 from migplugin.core.allocation import (
     ENVVAR,
@@ -19,7 +16,6 @@ from migplugin.core.allocation import (
     Offers,
     check,
     edits,
-    prefer,
 )
 from migplugin.core.inventory import DeviceId, GpuUuid
 from migplugin.core.resource import Device, ResourceName
@@ -113,75 +109,3 @@ def test_nodes_are_named_once_the_control_nodes_first() -> None:
 def test_nodes_are_looked_for_under_the_host_s_root(root: str, host: str) -> None:
     granted = edits(MIG_1G, ["MIG-a"], replace(TWO, edits=EditOptions(pass_device_specs=True, dev_root=root)))
     assert granted.nodes[0] == DeviceNode(host, "/dev/nvidiactl")
-
-
-# Which devices we would rather see taken.
-
-IDS = st.lists(st.sampled_from([f"MIG-{n}" for n in range(8)]), max_size=12)
-
-
-def spread(gpus: list[int]) -> Offer:
-    """MIG-0, MIG-1 and so on, each on the GPU that `gpus` says."""
-    return Offer({DeviceId(f"MIG-{n}"): OfferedDevice(device(f"MIG-{n}", gpu)) for n, gpu in enumerate(gpus)})
-
-
-@given(
-    available=st.lists(st.text(max_size=8) | st.sampled_from(["MIG-0", "MIG-1"])),
-    must=st.lists(st.text(max_size=8) | st.sampled_from(["MIG-0", "MIG-5"])),
-    size=st.integers(-5, 1 << 40),
-    gpus=st.none() | st.lists(st.integers(0, 3), max_size=3),
-)
-def test_a_preference_never_fails(
-    available: list[str], must: list[str], size: int, gpus: list[int] | None
-) -> None:
-    offer = None if gpus is None else spread(gpus)
-    chosen = prefer(available, must, size, offer)
-    assert len(set(chosen)) == len(chosen)
-    assert set(must) <= set(chosen) <= set(available) | set(must)
-    assert len(chosen) == max(len(set(must)), min(size, len(set(available) | set(must))))
-
-
-@given(
-    gpus=st.lists(st.integers(0, 3), min_size=8, max_size=8), available=IDS, must=IDS, size=st.integers(0, 8)
-)
-@settings(max_examples=200)
-def test_a_preference_takes_the_fewest_gpus(
-    gpus: list[int], available: list[str], must: list[str], size: int
-) -> None:
-    offer = spread(gpus)
-
-    def used(ids: tuple[str, ...]) -> int:
-        return len({offer.devices[DeviceId(id_)].device.gpu for id_ in ids})
-
-    needed = tuple(dict.fromkeys(must))
-    others = sorted(set(available) - set(must))
-    missing = max(min(size - len(needed), len(others)), 0)
-    fewest = min(used(needed + more) for more in combinations(others, missing))
-    assert used(prefer(available, must, size, offer)) == fewest
-
-
-@given(
-    data=st.data(),
-    gpus=st.lists(st.integers(0, 3), min_size=8, max_size=8),
-    available=IDS,
-    size=st.integers(0, 8),
-)
-def test_a_preference_does_not_depend_on_the_order_of_the_question(
-    data: st.DataObject, gpus: list[int], available: list[str], size: int
-) -> None:
-    shuffled = data.draw(st.permutations(available))
-    assert prefer(shuffled, (), size, spread(gpus)) == prefer(available, (), size, spread(gpus))
-
-
-def test_a_preference_leaves_whole_gpus_free_for_larger_requests() -> None:
-    offer = spread([0, 0, 0, 1, 1, 2])
-    everything = [f"MIG-{n}" for n in range(6)]
-    assert prefer(everything, (), 1, offer) == ("MIG-5",)
-    assert prefer(everything, (), 2, offer) == ("MIG-3", "MIG-4")
-    assert prefer(everything, ("MIG-1",), 2, offer) == ("MIG-1", "MIG-0")
-    assert prefer(everything, (), 4, offer) == ("MIG-0", "MIG-1", "MIG-2", "MIG-5")
-
-
-def test_a_preference_takes_what_it_does_not_know_last() -> None:
-    assert prefer(["A-unknown", "MIG-0"], (), 1, spread([0])) == ("MIG-0",)
-    assert prefer(["A-unknown", "MIG-0"], (), 2, spread([0])) == ("MIG-0", "A-unknown")

@@ -200,7 +200,7 @@ class Node(RuleBasedStateMachine):
         world = replace(self.world, memory=outcome.memory, leases=dict(self.leases))
         for part in (0.0, 0.5, 0.999999):
             moment = self.now + (end - self.now) * part
-            assert decide(replace(world, now=moment)).offers == outcome.offers, moment
+            assert decide(replace(world, now=moment)).offers.resources == outcome.offers.resources, moment
 
     # What the edges see of it.
 
@@ -256,7 +256,7 @@ class Node(RuleBasedStateMachine):
         self.last = outcome
         self.check_what_left(before)
         self.check_live_devices()
-        if before is not None and before.offers != outcome.offers:
+        if before is not None and before.offers.resources != outcome.offers.resources:
             # A list that is sent makes the kubelet rewrite its checkpoint.
             pending = {pod.key for pod in self.pods if pod.recorded > self.now}
             self.stale &= pending
