@@ -26,7 +26,9 @@ from migplugin.control.reconciler import Pace, Reconciler
 from migplugin.core import cdi
 from migplugin.core.allocation import EditOptions
 from migplugin.core.decide import Options
+from migplugin.core.naming import naming
 from migplugin.core.resource import Strategy
+from migplugin.core.sharing import ALL, time_slicing
 from migplugin.core.xid import parse_checks
 from migplugin.errors import InputError
 from migplugin.kubelet.cdi import CdiFile
@@ -126,6 +128,8 @@ async def serve(settings: Settings, again: Callable[[], Settings]) -> int:
     with contextlib.ExitStack() as stack:
         probes = stack.enter_context(_probes(settings))
         where = stack.enter_context(roots(settings))
+        chosen = options(settings, where.host_dev)
+        _tell_honoured(chosen)
         lock = NodeLock(settings.kubelet_socket.parent)
         stack.callback(lock.release)
         probes.stage = "waiting for the node lock"
@@ -143,13 +147,16 @@ async def serve(settings: Settings, again: Callable[[], Settings]) -> int:
         reconciler = Reconciler(
             driver,
             _usage(settings),
-            options(settings, where.host_dev),
+            chosen,
             Pace(settings.poll_interval),
             preparations=_preparations(settings, where),
         )
 
         def reconfigure(new: Settings) -> None:
-            reconciler.reconfigure(options(new, where.host_dev), Pace(new.poll_interval))
+            before, after = reconciler.world.options, options(new, where.host_dev)
+            if (before.naming, before.sharing) != (after.naming, after.sharing):
+                _tell_honoured(after)
+            reconciler.reconfigure(after, Pace(new.poll_interval))
             logging.getLogger().setLevel(new.log_level.upper())
 
         reload = Reload(settings, again, reconfigure)
@@ -201,10 +208,10 @@ async def _serve(
 
     _collect_garbage_again()
 
-    def more_than_one_gpu() -> bool:
+    def is_a_choice() -> bool:
         # By what the node could offer, not by today's geometry: options are fixed at registration.
-        inventory = reconciler.world.inventory
-        return inventory is None or inventory.gpu_count > 1
+        inventory, sharing = reconciler.world.inventory, reconciler.world.options.sharing
+        return inventory is None or inventory.gpu_count > 1 or bool(sharing.resources)
 
     async def follow_kubelet() -> None:
         version = manager.incarnation.version
@@ -216,7 +223,7 @@ async def _serve(
         settings.kubelet_socket,
         reconciler.offers,
         reconciler.grant,
-        preferred=more_than_one_gpu,
+        preferred=is_a_choice,
     )
     loops = [
         asyncio.ensure_future(keep_running("reconciler", reconciler.run)),
@@ -301,12 +308,6 @@ def warnings(settings: Settings) -> list[str]:
             f"DP_DISABLE_HEALTHCHECKS, DP_ENABLE_HEALTHCHECKS: {', '.join(words)}: left out, since each must "
             "be all, xids or the number of an XID"
         )
-    for section, given in (
-        ("resources", settings.document.resources),
-        ("sharing", settings.document.sharing),
-    ):
-        if given:
-            found.append(f"{settings.document.source}: {section}: not served yet, ignored")
     if settings.cdi_feature_flags:
         found.append("--cdi-feature-flags has no effect: they set how NVIDIA's library looks for files")
     return found
@@ -328,9 +329,33 @@ def options(settings: Settings, host_dev: str = "/") -> Options:
         tuple(name for name, enabled in features.items() if enabled),
     )
     checks, _ = parse_checks(settings.disable_healthchecks, settings.enable_healthchecks)
+    document, domain = settings.document, settings.resource_domain
+    try:
+        names = naming(document.resources, domain)
+        sharing = time_slicing(document.sharing.get("timeSlicing") or {}, domain)
+    except InputError as exc:
+        raise InputError(f"{document.source}: {exc}") from exc
     return Options(
-        Strategy(settings.mig_strategy), settings.removal_delay, settings.driver_grace, edits, checks
+        Strategy(settings.mig_strategy),
+        settings.removal_delay,
+        settings.driver_grace,
+        edits,
+        checks,
+        names,
+        sharing,
+        settings.shared_devices_allocation_policy,
     )
+
+
+def _tell_honoured(chosen: Options) -> None:
+    """One line for each thing of the file that NVIDIA's plugin would discard (docs/migrate.md)."""
+    for kind, rules in (("gpus", chosen.naming.gpus), ("mig", chosen.naming.mig)):
+        for rule in rules:
+            log.info("naming", extra={"of": kind, "pattern": rule.pattern, "resource": rule.name})
+    for shared in chosen.sharing.resources:
+        if shared.rename is not None or shared.devices != ALL:
+            fields = {"resource": shared.name, "rename": shared.rename, "devices": shared.devices}
+            log.info("sharing", extra=fields)
 
 
 def _preparations(settings: Settings, where: Roots) -> tuple[Preparation, ...]:

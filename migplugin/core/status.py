@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from migplugin.core import profile as profiles
 from migplugin.core.decide import Entry, Key, Outcome, Source, World
 from migplugin.core.inventory import BrokenGpu, DeviceId, Gpu, GpuProfile, MigDevice, Placement
-from migplugin.core.resource import ResourceName
+from migplugin.core.resource import ResourceName, device_of
 
 SCHEMA = "migplugin/status/v1"
 HEALTHY, UNHEALTHY = "healthy", "unhealthy"
@@ -157,7 +157,8 @@ def status(world: World, outcome: Outcome, *, node: str = "", agent: AgentFacts 
     memory can tell is None.
     """
     leases = {key for key, answered in world.leases.items() if (key, answered) not in outcome.ended_leases}
-    view = _View(world, outcome, agent, leases, outcome.memory.named | leases)
+    held = outcome.memory.named | leases
+    view = _View(world, outcome, agent, leases, held, _by_device(outcome), _keys_by_device(held))
     inventory = world.inventory
     gpus = [view.gpu(gpu) for gpu in inventory.gpus] if inventory is not None else []
     gpus += [_broken(gpu) for gpu in inventory.broken] if inventory is not None else []
@@ -223,6 +224,8 @@ class _View:
     agent: AgentFacts | None
     leases: AbstractSet[Key]
     held: AbstractSet[Key]
+    listed: Mapping[DeviceId, Mapping[ResourceName, Entry]]
+    keys: Mapping[DeviceId, AbstractSet[Key]]
 
     def gpu(self, gpu: Gpu) -> GpuStatus:
         own = self._listed(DeviceId(gpu.uuid))
@@ -255,19 +258,19 @@ class _View:
         )
         found = [
             MissingDevice(
-                uuid=id_,
+                uuid=device,
                 resource=resource,
                 gpu_index=entry.device.gpu_index if entry.device.gpu_index >= 0 else None,
                 profile=entry.device.profile,
                 gone=entry.vanished is not None,
                 reason=entry.sick,
                 unhealthy_for=self._unhealthy_for(entry),
-                held=self._is_held({(resource, id_)}),
-                holders=self._holders(id_),
+                held=self._is_held({key for key in self.keys.get(device, ()) if key[0] == resource}),
+                holders=self._holders(device),
             )
-            for resource, listed in self.outcome.memory.entries.items()
-            for id_, entry in listed.items()
-            if entry.vanished is not None or id_ not in seen
+            for device, listed in self.listed.items()
+            for resource, entry in listed.items()
+            if entry.vanished is not None or device not in seen
         ]
         return tuple(sorted(found, key=lambda device: (device.resource, device.uuid)))
 
@@ -345,13 +348,12 @@ class _View:
             health=None if entry is None else UNHEALTHY if sick else HEALTHY,
             reason=entry.sick if entry is not None and sick else None,
             unhealthy_for=None if entry is None else self._unhealthy_for(entry),
-            held=self._is_held({key for key in self.held if key[1] == id_}),
+            held=self._is_held(self.keys.get(id_, frozenset())),
             holders=self._holders(id_),
         )
 
     def _listed(self, id_: DeviceId) -> Mapping[ResourceName, Entry]:
-        entries = self.outcome.memory.entries
-        return {resource: listed[id_] for resource, listed in entries.items() if id_ in listed}
+        return self.listed.get(id_, {})
 
     def _is_held(self, keys: AbstractSet[Key]) -> bool | None:
         if keys & self.held:
@@ -360,12 +362,33 @@ class _View:
 
     def _holders(self, id_: DeviceId) -> tuple[str, ...] | None:
         usage = self.world.usage
-        return usage.holders.get(id_, ()) if usage.pod_resources is Source.OK else None
+        if usage.pod_resources is not Source.OK:
+            return None
+        ids = sorted({id_, *(key[1] for key in self.keys.get(id_, ()))})
+        return tuple(dict.fromkeys(holder for one in ids for holder in usage.holders.get(one, ())))
 
     def _unhealthy_for(self, entry: Entry) -> float | None:
         if self.agent is None or not entry.sick or entry.sick_since is None:
             return None
         return max(self.world.now - entry.sick_since, 0.0)
+
+
+def _by_device(outcome: Outcome) -> Mapping[DeviceId, Mapping[ResourceName, Entry]]:
+    """How each device is listed in each resource: of replicas, one that is there if any is."""
+    found: dict[DeviceId, dict[ResourceName, Entry]] = {}
+    for resource, listed in outcome.memory.entries.items():
+        for entry in listed.values():
+            shown = found.setdefault(entry.device.id, {})
+            if resource not in shown or (shown[resource].vanished is not None and entry.vanished is None):
+                shown[resource] = entry
+    return found
+
+
+def _keys_by_device(held: AbstractSet[Key]) -> Mapping[DeviceId, AbstractSet[Key]]:
+    found: dict[DeviceId, set[Key]] = {}
+    for key in held:
+        found.setdefault(device_of(key[1]), set()).add(key)
+    return found
 
 
 def _broken(gpu: BrokenGpu) -> GpuStatus:
