@@ -339,6 +339,7 @@ def options(settings: Settings, host_dev: str = "/") -> Options:
         Strategy(settings.mig_strategy),
         settings.removal_delay,
         settings.driver_grace,
+        settings.health_recovery_after,
         edits,
         checks,
         names,

@@ -64,6 +64,7 @@ class Settings:
     poll_interval: float | None
     removal_delay: float
     driver_grace: float
+    health_recovery_after: float
     nvml_timeout: float
     proc_root: Path
     sysfs_root: Path
@@ -382,6 +383,13 @@ TABLE: tuple[Setting, ...] = (
     Setting(
         "driver_grace", ("MIGPLUGIN_DRIVER_GRACE",), _OURS + "driverGrace", "60s", parse_duration, "DURATION",
         "How long devices stay Healthy while the driver as a whole does not answer.",
+        kind=float,
+    ),
+    Setting(
+        "health_recovery_after", ("MIGPLUGIN_HEALTH_RECOVERY_AFTER",), _OURS + "healthRecoveryAfter", "5m",
+        parse_duration, "DURATION",
+        "How long no pod must have held a device with a contained memory error (XID 94), and the driver have wanted "
+        "nothing done, before it is Healthy again without having been made anew. 0: never.",
         kind=float,
     ),
     Setting(

@@ -182,10 +182,12 @@ class Reconciler:
                 del self._leases[key]
         _tell(self.outcome, outcome)
         self.world, self.outcome = world, outcome
+        if outcome.look_at is not None:
+            self._look_at = min(self._look_at, outcome.look_at)
         self.offers.set(outcome.offers)
 
     async def _look(self, *, suspect: bool) -> None:
-        before = self.world.inventory
+        before, began = self.world.inventory, self._clock()
         try:
             inventory = await self._look_and_judge(suspect=suspect)
         except DriverError as exc:
@@ -198,7 +200,9 @@ class Reconciler:
             return
         if self.world.driver_failed is not None:
             log.info("the driver answers")
-        self.world = replace(self.world, inventory=inventory, driver_failed=None, driver_error="")
+        self.world = replace(
+            self.world, inventory=inventory, looked=began, driver_failed=None, driver_error=""
+        )
         self._look_at = self._clock() + self._pace.interval(events_work=self._driver.events_work)
         self._retry = RETRY_SHORTEST
         _tell_geometry(before, inventory)

@@ -19,9 +19,10 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from migplugin.core import health as healths
 from migplugin.core.allocation import EditOptions, Offer, OfferedDevice, Offers
 from migplugin.core.assignment import Assignment, assign, names_of_single
-from migplugin.core.health import Change, Fault, Health, fold
+from migplugin.core.health import Change, Fault, Health, Scene
 from migplugin.core.inventory import DeviceId, GpuUuid, Inventory
 from migplugin.core.naming import Naming
 from migplugin.core.resource import Device, ResourceName, Strategy, device_of, is_ours, is_replica
@@ -74,6 +75,7 @@ class Options:
     strategy: Strategy = Strategy.MIXED
     removal_delay: float = 60.0
     driver_grace: float = 60.0
+    health_recovery_after: float = 300.0
     edits: EditOptions = field(default_factory=EditOptions)
     checks: Checks = field(default_factory=Checks)
     naming: Naming = field(default_factory=Naming)
@@ -126,7 +128,7 @@ class Memory:
 class World:
     """Everything that is known; `now` and all other times are seconds on one monotonic clock.
 
-    `inventory` is the last one that could be read; `driver_failed` is since when it could not be
+    `inventory` is the last one that could be read, at `looked`; `driver_failed` is since when it could not be
     read again, with `driver_error` saying why. `unready` says of devices what no container would find
     of them on this node: a CDI document, a device node. `leases` maps allocations to the time of our answer.
     `faults` came while `inventory` was in force.
@@ -134,6 +136,7 @@ class World:
 
     now: float
     inventory: Inventory | None = None
+    looked: float = float("-inf")
     driver_failed: float | None = None
     driver_error: str = ""
     unready: Mapping[DeviceId, str] = field(default_factory=dict)
@@ -146,7 +149,8 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """`wake_at` is when the answer would change by time alone, `usage_at` when usage must be read again.
+    """`wake_at` is when the answer would change by time alone, `usage_at` when usage must be read again,
+    `look_at` when the driver must be asked again, the sooner for what it was not yet asked about.
 
     `warnings` are sentences for the log, each worth one line when it first appears.
     """
@@ -156,6 +160,7 @@ class Outcome:
     ended_leases: frozenset[tuple[Key, float]] = frozenset()
     wake_at: float | None = None
     usage_at: float | None = None
+    look_at: float | None = None
     warnings: tuple[str, ...] = ()
     health_changes: tuple[Change, ...] = ()
 
@@ -168,9 +173,10 @@ def decide(world: World) -> Outcome:
     unseen, ended = _age_leases(world)
     named = world.usage.named if world.usage.complete else world.usage.named | world.memory.named
     held = named | {key for key, answered in world.leases.items() if (key, answered) not in ended}
-    health, changes = fold(world.memory.health, world.inventory, world.faults, world.options.checks)
+    health, changes = _judge(world, held)
     entries, served, warnings = _see(world, held, health)
     entries, waiting = _forget(world, entries, held)
+    waiting |= _hardly_held(world, health)
     entries, emptied = _retire(world, entries)
 
     fresh = world.usage.began > world.memory.usage_counted
@@ -207,8 +213,9 @@ def decide(world: World) -> Outcome:
         ),
         memory,
         ended,
-        _wake_at(world, entries, emptied),
-        _usage_at(world, entries),
+        _wake_at(world, entries, emptied, health),
+        _usage_at(world, entries, health),
+        healths.look_at(health, world.looked) if world.driver_failed is None else None,
         warnings,
         changes,
     )
@@ -237,6 +244,22 @@ def _use(
             here = use.setdefault(on, {})
             here[resource] = here.get(resource, 0) + 1
     return use
+
+
+def _judge(world: World, held: AbstractSet[Key]) -> tuple[Health, tuple[Change, ...]]:
+    """Who is sick now, by the faults that came and what is known of usage."""
+    scene = Scene(
+        world.now,
+        world.inventory,
+        world.looked,
+        answers=world.driver_failed is None,
+        held=frozenset(device_of(id_) for _, id_ in held),
+        held_known=world.usage.began if world.usage.complete else None,
+    )
+    options = world.options
+    return healths.fold(
+        world.memory.health, scene, world.faults, options.checks, options.health_recovery_after
+    )
 
 
 def _age_leases(world: World) -> tuple[Mapping[tuple[Key, float], int], frozenset[tuple[Key, float]]]:
@@ -442,6 +465,13 @@ def _forget(world: World, entries: Entries, held: AbstractSet[Key]) -> tuple[Ent
     return kept, waiting
 
 
+def _hardly_held(world: World, health: Health) -> set[ResourceName]:
+    """The resources where only the checkpoint still names what must be let go of to get well."""
+    awaited = healths.awaits_release(health, world.options.health_recovery_after)
+    by_checkpoint = world.usage.named - world.usage.named_by_pod_resources
+    return {resource for resource, id_ in by_checkpoint if device_of(id_) in awaited}
+
+
 def _retire(world: World, entries: Entries) -> tuple[Entries, Mapping[ResourceName, float]]:
     """Without the resources that had no id for a minute, and since when others have none."""
     emptied = {
@@ -460,23 +490,28 @@ def _vanished(entries: Entries) -> list[float]:
     return [e.vanished for listed in entries.values() for e in listed.values() if e.vanished is not None]
 
 
-def _wake_at(world: World, entries: Entries, emptied: Mapping[ResourceName, float]) -> float | None:
+def _wake_at(
+    world: World, entries: Entries, emptied: Mapping[ResourceName, float], health: Health
+) -> float | None:
     moments = [since + world.options.removal_delay for since in _vanished(entries)]
     moments += [since + EMPTY_OFFER_KEPT for since in emptied.values()]
+    moments += healths.wake_at(health, world.options.health_recovery_after)
     if world.driver_failed is not None:
         moments.append(world.driver_failed + world.options.driver_grace)
     return min((moment for moment in moments if moment > world.now), default=None)
 
 
-def _usage_at(world: World, entries: Entries) -> float | None:
-    """When to ask again who holds what: only while something waits to leave, and never faster than every 2 s.
+def _usage_at(world: World, entries: Entries, health: Health) -> float | None:
+    """When to ask again who holds what: only while something waits to leave, or to get well if nobody has it,
+    and never faster than every 2 s.
 
     Soon after a change, seldom when a pod goes on holding what is gone, and at once when one falls due.
     """
     vanished = _vanished(entries)
-    if not vanished:
+    waiting = [*vanished, *healths.awaits_release(health, world.options.health_recovery_after).values()]
+    if not waiting:
         return None
     began = world.usage.began
-    pause = min(max((world.now - max(vanished)) / 2, USAGE_SOONEST), USAGE_LATEST)
+    pause = min(max((world.now - max(waiting)) / 2, USAGE_SOONEST), USAGE_LATEST)
     due = [since + world.options.removal_delay for since in vanished]
     return max(began + USAGE_SOONEST, min([began + pause, *(moment for moment in due if moment > began)]))

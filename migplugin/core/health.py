@@ -1,23 +1,36 @@
-"""Health as a state: what faults have made of each device, since when, why, and until what.
+"""Health as a state: what faults and signs have made of each device, since when, why, and until what.
 
-`fold` takes the state, the faults that came and the inventory in force when they came, and gives the
-next state. A fault concerns whom its code says (`xid`): a whole GPU, or the instances that the event names.
+`fold` takes the state, the faults that came and what was known when they came, and gives the next state.
+A fault concerns whom its code says (`xid`): a whole GPU, or the instances that the event names.
 What it makes sick is remembered by UUID, and for a MIG device with what it was when the fault came.
 So no fault goes over to a later instance with the same ids, or even the same UUID: one
 that was seen to be absent, or to have become another, is a new one when it returns. A GPU that only does
 not answer is not absent, and keeps its sick. A whole GPU that is sick has only sick devices, also those that
 are made on it later.
+
+Other ways to get well: what was only a contained error, when no pod holds the device and the driver
+wants nothing done for `recovery_after`; anything else when the driver, asked after the fault, says that
+nothing need be done, and a whole GPU also when it was lost and answers again, which takes a reset. What
+falls sick again within an hour of getting well stays sick until it is made anew, or a person acts.
+
+Signs are what the driver says of a GPU without being told by an event. They need no memory: it is sick
+for as long as they are there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from migplugin.core.inventory import DeviceId, Gpu, GpuUuid, Inventory, MigDevice
-from migplugin.core.xid import TABLE, Checks, xid
+from migplugin.core.xid import RECOVERY_ACTION_CHANGED, TABLE, Checks, xid
 
 UNLISTED = 999
 MOST_XIDS_TOLD = 8
+RELAPSE_WITHIN = 3600.0
+# The driver may take a moment to know what is to be done about the error that it has just told.
+BELIEVED_AFTER = 5.0
+LOOK_EVERY = 10.0
 
 Subject: TypeAlias = DeviceId | GpuUuid
 
@@ -39,7 +52,8 @@ class Fault:
 class Sickness:
     """Why something is unfit: the XIDs that came, in order, the first at `since` and one more at `last`.
 
-    `device` is the MIG device as it was when the first came; None of a whole GPU.
+    `device` is the MIG device as it was when the first came; None of a whole GPU. `idle_since` is since when
+    nothing speaks against its recovery; `stays` that it has had its chance.
     """
 
     gpu: GpuUuid
@@ -47,6 +61,12 @@ class Sickness:
     xids: tuple[int, ...]
     since: float
     last: float
+    idle_since: float | None = None
+    stays: bool = False
+
+    @property
+    def is_contained(self) -> bool:
+        return all(xid(code).is_contained for code in self.xids)
 
     @property
     def reason(self) -> str:
@@ -56,7 +76,23 @@ class Sickness:
 
     @property
     def until(self) -> str:
-        return "until its GPU is reset" if self.device is None else "until it is made anew"
+        if self.stays:
+            return "again within an hour: until a person acts" + (
+                " or it is made anew" if self.device else ""
+            )
+        ways = ["its GPU is reset" if self.device is None else "it is made anew"]
+        ways.append(
+            "nobody has held it for a while" if self.is_contained else "the driver wants nothing done"
+        )
+        return f"until {' or '.join(ways)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """That something got well, and of what."""
+
+    at: float
+    sickness: Sickness
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,49 +106,126 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Health:
-    """`sick` is by MIG UUID, or by GPU UUID for a whole GPU.
+class Scene:
+    """What was known when the faults came: the `inventory` in force and when the look at it began.
 
-    `counts` are of all XIDs that ever came, by code. `gpus` is each GPU as it last answered, for faults of
-    one that no longer does.
+    `held` are the devices that a pod may hold, `held_known` when the read of them began; None where
+    silence about a device does not mean that nobody holds it. `answers`: whether the driver does.
+    """
+
+    now: float
+    inventory: Inventory | None = None
+    looked: float = float("-inf")
+    answers: bool = True
+    held: AbstractSet[DeviceId] = frozenset()
+    held_known: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """`sick` is by MIG UUID, or by GPU UUID for a whole GPU; so is `recovered`, of the last hour.
+
+    `signs` says what the driver has against a GPU. `counts` are of all XIDs that ever came, by code. `gpus`
+    is each GPU as it last answered, for faults of one that no longer does, and `lost` are those that are. The
+    driver is to be asked what it wants done about what came at `ask_after`.
     """
 
     sick: Mapping[Subject, Sickness] = field(default_factory=dict)
+    recovered: Mapping[Subject, Recovery] = field(default_factory=dict)
+    signs: Mapping[GpuUuid, str] = field(default_factory=dict)
     counts: Mapping[int, int] = field(default_factory=dict)
     gpus: Mapping[GpuUuid, Gpu] = field(default_factory=dict)
+    lost: frozenset[GpuUuid] = frozenset()
+    ask_after: float = float("-inf")
 
     def why(self, id_: DeviceId, gpu: GpuUuid) -> str:
         """Why the device `id_` on `gpu` is unfit, or ""."""
-        whole, own = self.sick.get(gpu), self.sick.get(id_)
-        found = whole or own
-        return "" if found is None else found.reason
+        found = self.sick.get(gpu) or self.sick.get(id_)
+        return self.signs.get(gpu, "") if found is None else found.reason
 
 
 def fold(
-    health: Health, inventory: Inventory | None, faults: tuple[Fault, ...], checks: Checks
+    health: Health, scene: Scene, faults: tuple[Fault, ...], checks: Checks, recovery_after: float
 ) -> tuple[Health, tuple[Change, ...]]:
-    """The next state, and what changed. `faults` came while `inventory` was in force."""
+    """The next state, and what changed. With `recovery_after` 0 no time of idleness is enough."""
+    inventory = scene.inventory
     if inventory is None:
         return health, ()
     gpus = _known(health, inventory)
-    kept = {id_: sickness for id_, sickness in health.sick.items() if not _is_over(sickness, inventory, gpus)}
-    changes = [
-        Change(id_, sickness.gpu, sick=False, reason=f"gone or made anew; was sick of {sickness.reason}")
-        for id_, sickness in health.sick.items()
-        if id_ not in kept
-    ]
-    counts = dict(health.counts)
+    sick: dict[Subject, Sickness] = {}
+    recovered = {
+        id_: recovery
+        for id_, recovery in health.recovered.items()
+        if scene.now < recovery.at + RELAPSE_WITHIN and not _is_over(recovery.sickness, inventory, gpus)
+    }
+    changes = []
+    for id_, before in health.sick.items():
+        sickness = _rest(before, scene, gpus)
+        if _is_over(sickness, inventory, gpus):
+            well = "gone or made anew"
+        elif well := _recovery(sickness, scene, health.lost, recovery_after):
+            recovered[id_] = Recovery(scene.now, sickness)
+        else:
+            sick[id_] = sickness
+            continue
+        changes.append(Change(id_, before.gpu, sick=False, reason=f"{well}; was {before.reason}"))
+
+    counts, ask_after = dict(health.counts), health.ask_after
     for fault in faults:
         code = fault.xid if fault.xid in TABLE else UNLISTED
         counts[code] = counts.get(code, 0) + fault.count
         if not checks.make_sick(xid(fault.xid)):
             continue
+        ask_after = max(ask_after, fault.last)
+        if fault.xid == RECOVERY_ACTION_CHANGED and _action(gpus.get(fault.gpu)) is not None:
+            continue  # what it says is asked, and then a sign or none
         for id_, device in _concerned(fault, inventory, gpus):
-            before = kept.get(id_)
-            kept[id_] = _worse(before, fault, device)
-            if before is None:
-                changes.append(Change(id_, fault.gpu, sick=True, reason=kept[id_].reason))
-    return Health(kept, counts, gpus), tuple(changes)
+            known = sick.get(id_)
+            sick[id_] = _worse(known, fault, device, stays=id_ in recovered)
+            if known is None:
+                changes.append(Change(id_, fault.gpu, sick=True, reason=sick[id_].reason))
+
+    signs = {uuid: gpu.signs.complaint for uuid, gpu in gpus.items() if checks.signs and gpu.signs.complaint}
+    changes += _changed_signs(health.signs, signs)
+    answering = {gpu.uuid for gpu in inventory.gpus}
+    lost = {gpu.uuid for gpu in inventory.broken if gpu.lost and gpu.uuid is not None}
+    still = (health.lost & gpus.keys() | lost) - answering
+    return Health(sick, recovered, signs, counts, gpus, frozenset(still), ask_after), tuple(changes)
+
+
+def wake_at(health: Health, recovery_after: float) -> list[float]:
+    """The times when somebody gets well if nothing happens."""
+    return [
+        sickness.idle_since + recovery_after
+        for sickness in health.sick.values()
+        if recovery_after and sickness.idle_since is not None
+    ]
+
+
+def look_at(health: Health, looked: float) -> float | None:
+    """When the driver is to be asked again, the last look having begun at `looked`.
+
+    Only what it can answer: soon after a fault, then now and then while somebody waits for its word.
+    """
+    waiting = [
+        looked + LOOK_EVERY if looked >= sickness.last + BELIEVED_AFTER else sickness.last + BELIEVED_AFTER
+        for sickness in health.sick.values()
+        if not sickness.stays and _action(health.gpus.get(sickness.gpu)) is not None
+    ]
+    waiting += [looked + LOOK_EVERY for _ in health.signs]
+    if looked < health.ask_after and any(_action(gpu) is not None for gpu in health.gpus.values()):
+        waiting.append(health.ask_after)
+    return min(waiting, default=None)
+
+
+def awaits_release(health: Health, recovery_after: float) -> Mapping[DeviceId, float]:
+    """Whom pods must let go of, so that somebody gets well, and since when: the time of the last fault."""
+    return {
+        id_: sickness.last
+        for sickness in health.sick.values()
+        if recovery_after and sickness.is_contained and not sickness.stays and sickness.idle_since is None
+        for id_ in _pinning(sickness, health.gpus.get(sickness.gpu))
+    }
 
 
 def _known(health: Health, inventory: Inventory) -> Mapping[GpuUuid, Gpu]:
@@ -141,6 +254,53 @@ def _identity(device: MigDevice) -> tuple[DeviceId, int, int, str]:
     return device.uuid, device.gi, device.ci, device.profile
 
 
+def _rest(sickness: Sickness, scene: Scene, gpus: Mapping[GpuUuid, Gpu]) -> Sickness:
+    """With the time since when nobody holds it and the driver wants nothing done."""
+    gpu = gpus.get(sickness.gpu)
+    assert scene.inventory is not None
+    rests = (
+        sickness.is_contained
+        and not sickness.stays
+        and scene.answers
+        and gpu in scene.inventory.gpus
+        and not _action(gpu)
+        and scene.held_known is not None
+        and scene.held_known > sickness.last
+        and not scene.held & _pinning(sickness, gpu)
+    )
+    since = scene.now if sickness.idle_since is None else sickness.idle_since
+    return replace(sickness, idle_since=since if rests else None)
+
+
+def _pinning(sickness: Sickness, gpu: Gpu | None) -> frozenset[DeviceId]:
+    """The ids of which a pod that holds one may use what is sick."""
+    whole = DeviceId(sickness.gpu)
+    if sickness.device is not None:
+        return frozenset({whole, sickness.device.uuid})
+    return frozenset({whole, *(device.uuid for device in (gpu.devices if gpu is not None else ()))})
+
+
+def _recovery(sickness: Sickness, scene: Scene, lost: AbstractSet[GpuUuid], recovery_after: float) -> str:
+    """Why it is well again, or ""."""
+    assert scene.inventory is not None
+    gpu = next((gpu for gpu in scene.inventory.gpus if gpu.uuid == sickness.gpu), None)
+    if sickness.stays or gpu is None or not scene.answers:
+        return ""
+    if gpu.uuid in lost and sickness.device is None:
+        return "its GPU was lost and is back"
+    if sickness.is_contained:
+        since = sickness.idle_since
+        rested = recovery_after and since is not None and scene.now >= since + recovery_after
+        return f"nobody has held it for {recovery_after:g} s" if rested else ""
+    said = scene.looked >= sickness.last + BELIEVED_AFTER
+    return "the driver wants nothing done" if said and _action(gpu) == 0 else ""
+
+
+def _action(gpu: Gpu | None) -> int | None:
+    """What the driver wants done about the GPU: 0 is nothing, None that it cannot say."""
+    return None if gpu is None else gpu.signs.action
+
+
 def _concerned(
     fault: Fault, inventory: Inventory, gpus: Mapping[GpuUuid, Gpu]
 ) -> list[tuple[Subject, MigDevice | None]]:
@@ -157,9 +317,18 @@ def _concerned(
     ]
 
 
-def _worse(before: Sickness | None, fault: Fault, device: MigDevice | None) -> Sickness:
+def _worse(before: Sickness | None, fault: Fault, device: MigDevice | None, *, stays: bool) -> Sickness:
     if before is None:
-        return Sickness(fault.gpu, device, (fault.xid,), fault.first, fault.last)
-    more = fault.xid not in before.xids and len(before.xids) < MOST_XIDS_TOLD
-    xids = (*before.xids, fault.xid) if more else before.xids
-    return replace(before, xids=xids, last=max(before.last, fault.last))
+        return Sickness(fault.gpu, device, (fault.xid,), fault.first, fault.last, stays=stays)
+    xids = before.xids
+    if fault.xid not in xids and len(xids) < MOST_XIDS_TOLD:
+        xids = (*xids, fault.xid)
+    return replace(before, xids=xids, last=max(before.last, fault.last), idle_since=None)
+
+
+def _changed_signs(before: Mapping[GpuUuid, str], after: Mapping[GpuUuid, str]) -> Iterable[Change]:
+    for uuid in sorted(before.keys() | after.keys()):
+        if before.get(uuid) != after.get(uuid):
+            sick = uuid in after
+            reason = after[uuid] if sick else f"no longer said: {before[uuid]}"
+            yield Change(uuid, uuid, sick=sick, reason=reason)

@@ -65,6 +65,41 @@ class MigDevice:
 
 
 @dataclass(frozen=True, slots=True)
+class Signs:
+    """What the driver says of a GPU's fitness when it is asked; None where it does not know the question.
+
+    `action` is what it wants done: 0 nothing, else a number of `ACTIONS` or a newer one.
+    """
+
+    action: int | None = None
+    remap_pending: bool | None = None
+    remap_failed: bool | None = None
+
+    @property
+    def complaint(self) -> str:
+        """Why the GPU is unfit by these signs, or ""."""
+        if self.action:
+            return f"the driver wants of this GPU: {ACTIONS.get(self.action, f'action {self.action}')}"
+        if self.remap_failed:
+            return "remapping a memory row failed: this GPU needs its vendor"
+        if self.remap_pending and self.action is None:
+            return "a memory row waits to be remapped: reset this GPU"
+        return ""
+
+
+# NVML_FI_DEV_GET_GPU_RECOVERY_ACTION (nvml.h of driver 595; 6 and 7 of newer bindings).
+ACTIONS = {
+    1: "GPU reset",
+    2: "node reboot",
+    3: "drain P2P",
+    4: "drain and reset",
+    5: "recovery of the IMEX domain",
+    6: "bus reset",
+    7: "system reboot",
+}
+
+
+@dataclass(frozen=True, slots=True)
 class Gpu:
     """One card.
 
@@ -86,15 +121,20 @@ class Gpu:
     profiles: tuple[GpuProfile, ...] = ()
     instances: tuple[GpuInstance, ...] = ()
     devices: tuple[MigDevice, ...] = ()
+    signs: Signs = field(default_factory=Signs)
 
 
 @dataclass(frozen=True, slots=True)
 class BrokenGpu:
-    """A GPU whose calls fail; `uuid` is None where even that could not be read."""
+    """A GPU whose calls fail; `uuid` is None where even that could not be read.
+
+    `lost`: the driver says so in as many words, and then only a reset, or more, brings it back.
+    """
 
     index: int
     uuid: GpuUuid | None
     reason: str
+    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)

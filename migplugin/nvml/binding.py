@@ -38,6 +38,7 @@ LIBRARY_DIRECTORIES = (
 
 XID_CRITICAL = 0x8
 MIG_CONFIG_CHANGE = 0x100
+RECOVERY_ACTION, REMAP_PENDING, REMAP_FAILED = 230, 144, 145  # fields of nvmlDeviceGetFieldValues
 WHOLE = 0xFFFFFFFF  # a GI or CI id that says: not one instance but all of them
 LAST_KNOWN_GI_PROFILE = 0x11
 LAST_KNOWN_CI_PROFILE = 8
@@ -213,6 +214,19 @@ def pci_address(handle: Handle) -> str:
 
 def memory_bytes(handle: Handle) -> int:
     return int(call("nvmlDeviceGetMemoryInfo", handle).total)
+
+
+def fields(handle: Handle, *wanted: int) -> dict[int, int]:
+    """The values of those fields, all small numbers, that this driver knows of this GPU."""
+    unknown = {*ABSENT, Code.INVALID_ARGUMENT, Code.NO_PERMISSION}
+    values = unless(unknown, lambda: call("nvmlDeviceGetFieldValues", handle, wanted), ())
+    return {int(found.fieldId): _number(found) for found in values if found.nvmlReturn == 0}
+
+
+def _number(found: Any) -> int:
+    if found.valueType in {pynvml.NVML_VALUE_TYPE_UNSIGNED_INT, pynvml.NVML_VALUE_TYPE_SIGNED_INT}:
+        return int(found.value.uiVal)
+    return int(found.value.ullVal)
 
 
 def mig_mode(handle: Handle) -> tuple[bool, bool] | None:

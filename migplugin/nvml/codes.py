@@ -15,6 +15,7 @@ class Code(IntEnum):
     LIBRARY_NOT_FOUND = 12
     FUNCTION_NOT_FOUND = 13
     GPU_IS_LOST = 15
+    RESET_REQUIRED = 16
     LIB_RM_VERSION_MISMATCH = 18
     IN_USE = 19
     INSUFFICIENT_RESOURCES = 23
@@ -31,6 +32,7 @@ _SAID = {
     Code.DRIVER_NOT_LOADED: "the NVIDIA kernel driver is not loaded",
     Code.FUNCTION_NOT_FOUND: "this driver does not have that function",
     Code.GPU_IS_LOST: "the GPU is lost: it has fallen off the bus or needs a reset",
+    Code.RESET_REQUIRED: "the GPU needs a reset",
     Code.LIB_RM_VERSION_MISMATCH: (
         "libnvidia-ml and the loaded kernel driver are of different versions: restart the container, "
         "or reboot the node after a driver update"
@@ -41,6 +43,9 @@ _SAID = {
 
 # The function does not exist here, or not for this device: an answer, not a failure.
 ABSENT = frozenset({Code.NOT_SUPPORTED, Code.FUNCTION_NOT_FOUND})
+
+# The GPU is out of reach until it is reset.
+LOST = frozenset({Code.GPU_IS_LOST, Code.RESET_REQUIRED})
 
 # What is said of an instance that was there a moment ago, or of an empty slot.
 GONE = frozenset({Code.NOT_FOUND, Code.INVALID_ARGUMENT})

@@ -24,12 +24,13 @@ from migplugin.core.inventory import (
     Inventory,
     MigDevice,
     Placement,
+    Signs,
 )
 from migplugin.errors import DriverError
 from migplugin.nvml import binding
 from migplugin.nvml.binding import Attributes, GiInfo, GiProfileInfo, Handle
 from migplugin.nvml.capabilities import Capabilities, control_nodes, numa_node
-from migplugin.nvml.codes import ABSENT, GONE, Code
+from migplugin.nvml.codes import ABSENT, GONE, LOST, Code
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class Snapshots:
         """Raises DriverError where the driver as a whole does not answer."""
         version = binding.driver_version()
         gpus: list[Gpu] = []
-        broken: list[tuple[int, GpuUuid | None, str]] = []
+        broken: list[tuple[int, GpuUuid | None, DriverError]] = []
         disagreements: set[tuple[GpuUuid, int, int]] = set()
         hidden = refused = False
         for index in range(binding.gpu_count()):
@@ -118,7 +119,7 @@ class Snapshots:
                 uuid = self._uuids[index] = GpuUuid(binding.uuid(handle))
                 gpu, reading = self._gpu(handle, index, uuid)
             except DriverError as exc:
-                broken.append((index, uuid, str(exc)))
+                broken.append((index, uuid, exc))
                 continue
             gpus.append(gpu)
             if gpu.mig_enabled:
@@ -132,7 +133,10 @@ class Snapshots:
         inventory = Inventory(
             driver_version=version,
             gpus=tuple(gpus),
-            broken=tuple(BrokenGpu(i, uuid or self._last_uuid(i, named), why) for i, uuid, why in broken),
+            broken=tuple(
+                BrokenGpu(i, uuid or self._last_uuid(i, named), str(exc), lost=exc.code in LOST)
+                for i, uuid, exc in broken
+            ),
             control_nodes=control_nodes(self._dev_root),
             unreadable=tuple(self._unreadable(gpus, refused=refused)),
         )
@@ -185,6 +189,7 @@ class Snapshots:
                 for gi, info in sorted(reading.instances.items())
             ),
             devices=tuple(sorted(found, key=lambda device: (device.gi, device.ci))),
+            signs=_signs(handle),
         )
         return gpu, reading
 
@@ -290,6 +295,16 @@ class Snapshots:
             a = attributes
             return profiles.computed(a.gi_slices, a.ci_slices, a.memory_mib, gpu.fixed.memory_bytes)
         raise DriverError(f"the driver names no profile for {binding.uuid(device)}", call="nvmlDeviceGetName")
+
+
+def _signs(handle: Handle) -> Signs:
+    told = binding.fields(handle, binding.RECOVERY_ACTION, binding.REMAP_PENDING, binding.REMAP_FAILED)
+    pending, failed = told.get(binding.REMAP_PENDING), told.get(binding.REMAP_FAILED)
+    return Signs(
+        action=told.get(binding.RECOVERY_ACTION),
+        remap_pending=None if pending is None else bool(pending),
+        remap_failed=None if failed is None else bool(failed),
+    )
 
 
 def _read_fixed(handle: Handle, sysfs_root: Path, *, capable: bool) -> _Fixed:

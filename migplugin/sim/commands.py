@@ -315,6 +315,26 @@ def xid(store: Store, gpu: int, number: int, gi: int | None, ci: int | None) -> 
 
 @sim.command()
 @_GPU
+@click.argument("number", metavar="FIELD", type=click.IntRange(1))
+@click.argument("value", type=click.IntRange(0, (1 << 32) - 1), required=False)
+@click.pass_obj
+@_told
+def field(store: Store, gpu: int, number: int, value: int | None) -> None:
+    """Let the driver know a field of nvmlDeviceGetFieldValues, or without VALUE not know it.
+
+    230 is the recovery action (1: reset the GPU), 144 a row remap that is pending, 145 one that failed.
+    """
+    with store.change() as node:
+        fields = node.gpu(gpu).record.fields
+        if value is None:
+            fields.pop(number, None)
+        else:
+            fields[number] = value
+    click.echo(f"GPU {gpu}: field {number} is {'not known' if value is None else value}")
+
+
+@sim.command()
+@_GPU
 @click.option("--restore", is_flag=True, help="Bring it back as it was.")
 @click.pass_obj
 @_told

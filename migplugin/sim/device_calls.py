@@ -165,6 +165,7 @@ def field_values(call: Call, device: int | None, wanted: int, out: int | None) -
     known = {
         FIELD_RESETLESS_MIG: int(not gpu.product.mode_enable_needs_reset),
         FIELD_MIG_QUERY_CAPABLE: int(call.node.switches.profile_queries == "always"),
+        **gpu.record.fields,
     }
     for entry in (FieldValue * wanted).from_address(out):
         entry.timestamp = entry.latency_usec = 0

@@ -25,6 +25,8 @@ from migplugin.sim.records import (
     Switches,
 )
 
+RESET_CLEARS = frozenset({144, 230})  # NVML fields: a row remap that is pending, the recovery action
+
 _NAMESPACE = uuid.UUID("6d696770-6c75-5369-8e00-6e766d6c0000")
 _ACTIVATION = {"now": Code.SUCCESS, "in-use": Code.IN_USE, "reset-required": Code.RESET_REQUIRED}
 
@@ -322,6 +324,7 @@ class Gpu:
             raise Refusal(Code.IN_USE, f"GPU {self.index} is in use by process {running[0].pid}")
         self.record.mig_current = self.record.mig_pending
         self.record.lost = False
+        self.record.fields |= dict.fromkeys(RESET_CLEARS & self.record.fields.keys(), 0)
         self.instances.clear()
 
     def xid(self, xid: int, gi: int = WHOLE, ci: int = WHOLE) -> None:

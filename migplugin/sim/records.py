@@ -85,6 +85,7 @@ class GpuRecord(msgspec.Struct):
     mig_current: bool
     mig_pending: bool
     lost: bool = False
+    fields: dict[int, int] = {}
     processes: list[Process] = []
     instances: list[GiRecord] = []
 

@@ -168,6 +168,41 @@ async def test_an_instance_that_is_made_anew_is_healthy_and_a_device_beside_it_s
     assert len(agent.said("no longer sick")) == 1
 
 
+async def test_a_contained_error_is_over_when_its_pod_is_and_then_some_time(machine: Start) -> None:
+    node = await machine("1xa100-40gb=1g.5gb*3")
+    agent = await node.serve("--health-recovery-after=500ms")
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+    pod = Pod("p", (Container("c", {MIG: 1}),))
+    status = await node.kubelet.admit(pod)
+    (held,) = status.containers["c"].device_ids[MIG]
+    gpu = node.store.read().gpus[0]
+    (ids,) = [(gi.id, ci.id) for gi, ci in gpu.mig_devices() if ci.uuid == held]
+    node.change(lambda made: made.gpus[0].xid(94, *ids))
+    await agent.until_said("fell sick", device=held)
+    assert not agent.said("no longer sick")
+    await node.kubelet.finish(pod)
+    line = await agent.until_said("no longer sick", device=held)
+    assert "nobody has held it for 0.5 s" in line["reason"]
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+
+
+async def test_a_gpu_is_sick_for_as_long_as_the_driver_wants_it_reset(machine: Start) -> None:
+    node = await machine("2xa100-40gb=1g.5gb*2")
+    node.change(lambda made: made.gpus[0].record.fields.update({230: 0}))
+    agent = await node.serve("--removal-delay=1s")
+    await node.until(lambda _: node.allocatable("1g.5gb") == 4)
+    node.change(lambda made: made.gpus[0].record.fields.update({230: 1}))
+    node.change(lambda made: made.gpus[0].xid(154))
+    await node.until(lambda _: node.allocatable("1g.5gb") == 2, timeout=1.0)
+    line = await agent.until_said("fell sick")
+    assert "GPU reset" in line["reason"]
+    node.change(lambda made: made.gpus[0].reset())
+    for _ in range(2):
+        node.change(lambda made: made.gpus[0].create("1g.5gb"))
+    await node.until(lambda _: node.allocatable("1g.5gb") == 4)
+    await agent.until_said("no longer sick", gpu=line["gpu"])
+
+
 async def test_a_driver_that_hangs_holds_back_no_fault(machine: Start) -> None:
     node = await machine("1xa100-40gb=1g.5gb*3")
     agent = await node.serve("--poll-interval=200ms", "--nvml-timeout=5s")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from migplugin.core.decide import Memory, Options, Source, Usage, World, decide
 from migplugin.core.health import Fault
-from migplugin.core.inventory import BrokenGpu, DeviceId, Gpu, GpuUuid, Inventory, MigDevice, Placement
+from migplugin.core.inventory import BrokenGpu, DeviceId, Gpu, GpuUuid, Inventory, MigDevice, Placement, Signs
 from migplugin.core.resource import GPU, ResourceName, Strategy
 
 MIG_1G = ResourceName("nvidia.com/mig-1g.5gb")
@@ -45,6 +45,9 @@ class Run:
     def shown(self, resource: ResourceName) -> dict[str, bool] | None:
         offer = self.outcome.offers.resources.get(resource)
         return None if offer is None else {str(i): d.healthy for i, d in offer.devices.items()}
+
+    def times(self) -> tuple[float | None, float | None, float | None]:
+        return self.outcome.usage_at, self.outcome.wake_at, self.outcome.look_at
 
     def sick(self, resource: ResourceName, id_: str) -> str:
         return self.outcome.offers.resources[resource].devices[DeviceId(id_)].sick
@@ -300,3 +303,39 @@ def test_a_sick_gpu_makes_all_that_is_offered_of_it_unhealthy() -> None:
     assert run.shown(MIG_2G) == {"MIG-b": False}
     assert run.shown(GPU) == {"GPU-1": True, "GPU-2": False}
     assert [change.subject for change in run.outcome.health_changes] == ["GPU-0", "GPU-2"]
+
+
+def test_a_contained_error_has_usage_read_and_wakes_when_its_device_is_well() -> None:
+    key = (MIG_1G, DeviceId("MIG-b"))
+    run = Run(inventory=ONE, looked=0.0)
+    run.step(now=1.0, faults=(Fault(GpuUuid("GPU-0"), 1, 0, 94, 1, 0.5, 0.5),), leases={key: 0.7})
+    run.step(now=1.1, faults=())
+    assert run.times()[:2] == (2.0, None)
+    before = run.outcome.offers.resources[MIG_1G].revision
+    run.step(now=2.0, usage=usage(2.0, (MIG_1G, "MIG-b")))
+    assert run.times()[:2] == (4.0, None)
+    assert run.outcome.offers.resources[MIG_1G].revision == before
+    run.step(now=4.0, usage=usage(4.0, (MIG_1G, "MIG-b"), pod_resources=False))
+    assert run.outcome.offers.resources[MIG_1G].revision == before + 1, "the kubelet is to look again"
+    run.step(now=10.0, usage=usage(10.0))
+    assert run.times()[:2] == (None, 310.0)
+    run.step(now=310.0)
+    assert run.shown(MIG_1G) == {"MIG-a": True, "MIG-b": True}
+    assert run.times() == (None, None, None)
+
+
+def test_the_driver_is_asked_about_a_fault_where_it_can_say_and_answers() -> None:
+    able = inventory(replace(gpu(0, ("MIG-a", "1g.5gb")), signs=Signs(action=0)))
+    fault = Fault(GpuUuid("GPU-0"), None, None, 79, 1, 0.5, 0.5)
+    run = Run(inventory=ONE, looked=0.0)
+    run.step(now=1.0, faults=(fault,))
+    assert run.times()[2] is None
+    run = Run(inventory=able, looked=0.0)
+    run.step(now=1.0, faults=(fault,))
+    assert run.times()[2] == 0.5
+    run.step(now=1.1, faults=(), looked=1.0)
+    assert run.times()[2] == 5.5
+    run.step(now=1.2, driver_failed=1.2)
+    assert run.times()[2] is None
+    run.step(now=6.0, driver_failed=None, looked=5.5)
+    assert run.shown(MIG_1G) == {"MIG-a": True}

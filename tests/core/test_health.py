@@ -2,8 +2,20 @@
 
 from dataclasses import replace
 
-from migplugin.core.health import Change, Fault, Health, fold
-from migplugin.core.inventory import BrokenGpu, DeviceId, Gpu, GpuUuid, Inventory
+from migplugin.core.health import (
+    BELIEVED_AFTER,
+    LOOK_EVERY,
+    RELAPSE_WITHIN,
+    Change,
+    Fault,
+    Health,
+    Scene,
+    awaits_release,
+    fold,
+    look_at,
+    wake_at,
+)
+from migplugin.core.inventory import BrokenGpu, DeviceId, Gpu, GpuUuid, Inventory, Signs
 from migplugin.core.xid import Checks
 from tests.core.examples import ASSORTED, SEVENTHS, gpu, inventory, uuid
 
@@ -26,11 +38,20 @@ class Run:
         self.changes: list[Change] = []
         self.checks = checks or Checks()
         self.inventory = NODE
+        self.now = 0.0
+        self.answers = True
+        self.held: frozenset[str] | None = frozenset()
+        self.recovery_after = 300.0
         self.step(*faults)
 
-    def step(self, *faults: Fault, see: Inventory | None = None) -> None:
+    def step(self, *faults: Fault, see: Inventory | None = None, at: float | None = None) -> None:
+        """At a time when both the driver and the kubelet are asked."""
         self.inventory = see or self.inventory
-        self.health, changes = fold(self.health, self.inventory, faults, self.checks)
+        self.now = self.now if at is None else at
+        held = frozenset(map(DeviceId, self.held or ()))
+        known = None if self.held is None else self.now
+        scene = Scene(self.now, self.inventory, self.now, self.answers, held, known)
+        self.health, changes = fold(self.health, scene, faults, self.checks, self.recovery_after)
         self.changes += changes
 
     def unfit(self) -> set[str]:
@@ -153,4 +174,181 @@ def test_a_gpu_that_left_the_node_takes_its_sickness_with_it() -> None:
 
 
 def test_without_an_inventory_nobody_is_judged() -> None:
-    assert fold(Health(), None, (fault(SEVENTHS, 79),), Checks()) == (Health(), ())
+    assert fold(Health(), Scene(1.0), (fault(SEVENTHS, 79),), Checks(), 300.0) == (Health(), ())
+
+
+NINE = frozenset({uuid(0, 9)})
+
+
+def saying(action: int | None, of: Gpu = SEVENTHS, **other: bool) -> Inventory:
+    return inventory(replace(of, signs=Signs(action, **other)), ASSORTED)
+
+
+def test_a_contained_error_is_over_when_nobody_has_held_the_device_for_a_while() -> None:
+    run = Run(fault(SEVENTHS, 94, 9, 0, at=1.0))
+    run.held = NINE
+    run.step(at=10.0)
+    assert awaits_release(run.health, 300.0) == {uuid(0, 9): 1.0, SEVENTHS.uuid: 1.0}
+    run.held = frozenset({uuid(0, 10)})
+    run.step(at=50.0)
+    assert wake_at(run.health, 300.0) == [350.0]
+    assert not awaits_release(run.health, 300.0)
+    run.step(at=349.0)
+    assert run.unfit() == NINE
+    run.step(at=350.0)
+    assert run.unfit() == set()
+    assert "nobody has held it for 300 s" in run.changes[-1].reason
+
+
+def test_while_nobody_can_say_who_holds_what_nothing_gets_well() -> None:
+    run = Run(fault(SEVENTHS, 94, 9, 0, at=1.0))
+    run.step(at=10.0)
+    run.held = None
+    run.step(at=200.0)
+    run.held = frozenset()
+    run.step(at=310.0)
+    assert run.unfit() == NINE
+    run.step(at=610.0)
+    assert run.unfit() == set()
+
+
+def test_a_pod_with_the_whole_gpu_holds_every_device_on_it() -> None:
+    run = Run(fault(SEVENTHS, 94, 9, 0, at=1.0), fault(ASSORTED, 94, at=1.0))
+    run.held = frozenset({SEVENTHS.uuid, uuid(1, 9)})
+    run.step(at=10.0)
+    run.step(at=1000.0)
+    assert run.unfit() == NINE | everything_on(ASSORTED)
+
+
+def test_another_error_begins_the_wait_anew() -> None:
+    run = Run(fault(SEVENTHS, 94, 9, 0, at=1.0))
+    run.step(at=10.0)
+    run.step(fault(SEVENTHS, 94, 9, 0, at=300.0), at=300.0)
+    run.step(at=310.0)
+    assert run.unfit() == NINE
+    assert wake_at(run.health, 300.0) == [610.0]
+
+
+def test_a_contained_error_waits_for_as_long_as_the_driver_wants_something_done() -> None:
+    run = Run(fault(SEVENTHS, 94, 9, 0, at=1.0))
+    run.step(see=saying(1), at=10.0)
+    run.step(at=900.0)
+    assert run.unfit() == everything_on(SEVENTHS)
+    run.step(see=saying(0), at=901.0)
+    assert run.unfit() == NINE
+    run.step(at=1201.0)
+    assert run.unfit() == set()
+
+
+def test_with_0_no_time_is_long_enough() -> None:
+    run = Run()
+    run.recovery_after = 0.0
+    run.step(fault(SEVENTHS, 94, 9, 0, at=1.0))
+    run.step(at=10.0)
+    run.step(at=1e6)
+    assert run.unfit() == NINE
+    assert not wake_at(run.health, 0.0)
+    assert not awaits_release(run.health, 0.0)
+
+
+def test_what_is_not_contained_gets_well_by_no_rest() -> None:
+    run = Run(fault(SEVENTHS, 94, 9, 0), fault(SEVENTHS, 48, 9, 0), fault(ASSORTED, 79))
+    run.step(at=10.0)
+    run.step(at=1e6)
+    assert run.unfit() == NINE | everything_on(ASSORTED)
+
+
+def test_anything_else_is_over_when_the_driver_asked_later_wants_nothing_done() -> None:
+    run = Run()
+    run.step(see=saying(0))
+    run.step(fault(SEVENTHS, 79, at=1.0), fault(SEVENTHS, 48, 9, 0, at=1.0), at=1.0)
+    assert look_at(run.health, looked=0.5) == 1.0, "at once"
+    assert look_at(run.health, looked=1.0) == 1.0 + BELIEVED_AFTER
+    run.step(at=1.5)
+    assert run.unfit() == everything_on(SEVENTHS), "it may not know yet"
+    run.step(see=saying(1), at=2.0)
+    run.step(at=60.0)
+    assert look_at(run.health, looked=60.0) == 60.0 + LOOK_EVERY
+    assert run.unfit() == everything_on(SEVENTHS)
+    run.step(see=saying(0), at=70.0)
+    assert run.unfit() == set()
+    assert look_at(run.health, looked=70.0) is None
+
+
+def test_a_lost_gpu_that_answers_again_was_reset() -> None:
+    run = Run(fault(SEVENTHS, 79, at=1.0))
+    run.step(see=Inventory("1", (), (BrokenGpu(0, SEVENTHS.uuid, "no answer"),)), at=2.0)
+    run.step(see=NODE, at=3.0)
+    assert run.unfit() == everything_on(SEVENTHS), "it only did not answer"
+    run.step(see=Inventory("1", (), (BrokenGpu(0, SEVENTHS.uuid, "lost", lost=True),)), at=4.0)
+    run.step(see=Inventory("1", (), (BrokenGpu(0, SEVENTHS.uuid, "no answer"),)), at=5.0)
+    run.step(see=NODE, at=6.0)
+    assert run.unfit() == set()
+
+
+def test_a_device_that_falls_sick_again_within_an_hour_stays_sick() -> None:
+    run = Run(fault(SEVENTHS, 94, 9, 0, at=1.0))
+    run.step(at=10.0)
+    run.step(at=310.0)
+    assert run.unfit() == set()
+    run.step(fault(SEVENTHS, 94, 9, 0, at=400.0), at=400.0)
+    run.step(see=saying(0), at=410.0)
+    run.step(at=1e6)
+    assert run.unfit() == NINE
+    assert "until a person acts" in run.changes[-1].reason
+    assert not wake_at(run.health, 300.0)
+    without = replace(SEVENTHS, devices=tuple(d for d in SEVENTHS.devices if d.gi != 9))
+    run.step(see=inventory(without))
+    run.step(see=NODE)
+    assert run.unfit() == set(), "made anew it is another"
+
+
+def test_after_an_hour_it_has_its_chance_again() -> None:
+    run = Run(fault(SEVENTHS, 94, 9, 0, at=1.0))
+    run.step(at=10.0)
+    run.step(at=310.0)
+    later = 310.0 + RELAPSE_WITHIN
+    run.step(fault(SEVENTHS, 94, 9, 0, at=later), at=later)
+    run.step(at=later + 10.0)
+    run.step(at=later + 310.0)
+    assert run.unfit() == set()
+
+
+def test_the_drivers_wish_makes_the_gpu_sick_for_as_long_as_it_stands() -> None:
+    run = Run()
+    run.step(see=saying(1))
+    assert run.unfit() == everything_on(SEVENTHS)
+    assert "GPU reset" in run.health.why(DeviceId(uuid(0, 9)), SEVENTHS.uuid)
+    run.step(see=saying(4))
+    run.step(see=saying(0))
+    assert run.unfit() == set()
+    assert [change.sick for change in run.changes] == [True, True, False]
+
+
+def test_rows_that_could_not_be_remapped_make_sick_and_waiting_ones_unless_the_driver_wants_nothing() -> None:
+    run = Run()
+    for seen, sick in (
+        (saying(0, remap_failed=True), True),
+        (saying(0, remap_pending=True), False),
+        (saying(None, remap_pending=True), True),
+        (saying(None, remap_pending=False, remap_failed=False), False),
+    ):
+        run.step(see=seen)
+        assert run.unfit() == (everything_on(SEVENTHS) if sick else set())
+
+
+def test_xid_154_is_what_the_driver_says_and_where_it_cannot_say_makes_sick() -> None:
+    run = Run()
+    run.step(see=saying(0))
+    run.step(fault(SEVENTHS, 154, at=1.0), at=1.0)
+    assert run.unfit() == set()
+    assert look_at(run.health, looked=0.5) == 1.0
+    run.step(see=saying(2), at=1.1)
+    assert run.unfit() == everything_on(SEVENTHS)
+    assert Run(fault(SEVENTHS, 154)).unfit() == everything_on(SEVENTHS)
+
+
+def test_checks_that_are_all_off_hear_no_signs() -> None:
+    run = Run(checks=Checks(disabled=None, signs=False))
+    run.step(see=saying(1))
+    assert run.unfit() == set()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from migplugin.core.inventory import Placement
+from migplugin.core.inventory import Placement, Signs
 from migplugin.errors import DriverError
 from migplugin.nvml import binding
 from migplugin.nvml.snapshot import PRIVILEGE_MISSING
@@ -344,8 +344,24 @@ def test_a_lost_gpu_keeps_its_uuid_and_hides_nobody() -> None:
     (lost,) = after.broken
     assert (lost.index, lost.uuid) == (1, before.gpus[1].uuid)
     assert "lost" in lost.reason
+    assert lost.lost
     assert [device for device in devices(after) if device.gpu != lost.uuid] == devices(after)
     assert set(devices(after)) < set(devices(before))
+
+
+def test_what_the_driver_knows_of_a_gpu_s_fitness_is_told_and_what_it_does_not_know_is_absent() -> None:
+    with machine("2xa100-40gb=1g.5gb") as place, place.session() as snapshots:
+        assert [gpu.signs for gpu in snapshots.take().inventory.gpus] == [Signs(), Signs()]
+        place.change(lambda node: node.gpus[1].record.fields.update({230: 4, 144: 1, 145: 0}))
+        found = snapshots.take().inventory.gpus
+    assert [gpu.signs for gpu in found] == [Signs(), Signs(4, remap_pending=True, remap_failed=False)]
+
+
+@pytest.mark.parametrize("code", [2, 3, 4, 13])
+def test_a_driver_that_refuses_to_tell_fields_has_no_signs(code: int) -> None:
+    with machine("1xa100-40gb=1g.5gb") as place, place.session() as snapshots:
+        place.change(lambda node: node.switches.fail.update({"nvmlDeviceGetFieldValues": Failure(code)}))
+        assert only_gpu(snapshots.take()).signs == Signs()
 
 
 def test_a_gpu_lost_from_the_beginning_is_told_without_uuid() -> None:

@@ -167,6 +167,13 @@ def test_gpu_is_lost_and_restored(shell: Shell) -> None:
     assert "LOST" not in shell.ok("show")
 
 
+def test_a_field_is_made_known_and_unknown(shell: Shell) -> None:
+    assert shell.ok("field", "0", "230", "1") == "GPU 0: field 230 is 1\n"
+    assert shell.store.read().gpus[0].record.fields == {230: 1}
+    assert shell.ok("field", "0", "230") == "GPU 0: field 230 is not known\n"
+    assert shell.store.read().gpus[0].record.fields == {}
+
+
 def test_switches_are_set_shown_and_explained(shell: Shell) -> None:
     shell.ok("switch", "stale-sessions", "on")
     assert shell.ok("switch", "stale_sessions").startswith("stale_sessions=true\n    on: a session lists")

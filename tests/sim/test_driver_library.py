@@ -211,6 +211,14 @@ def test_field_values_tell_what_the_driver_can() -> None:
             assert [value.value.uiVal for value in values[:2]] == [resetless, 1]
 
 
+def test_fields_can_be_made_known_and_a_reset_clears_what_a_reset_mends() -> None:
+    with driver() as d:
+        d.change(lambda node: node.gpus[0].record.fields.update({230: 1, 144: 1, 145: 1}))
+        assert [v.value.uiVal for v in pynvml.nvmlDeviceGetFieldValues(d.gpu(), [230, 144, 145])] == [1, 1, 1]
+        d.change(lambda node: node.gpus[0].reset())
+        assert [v.value.uiVal for v in pynvml.nvmlDeviceGetFieldValues(d.gpu(), [230, 144, 145])] == [0, 0, 1]
+
+
 def test_memory_of_a_gpu_without_mig_is_the_boards() -> None:
     with driver() as d:
         info = pynvml.nvmlDeviceGetMemoryInfo(d.gpu())
