@@ -20,7 +20,14 @@ def configure(level: str, form: str) -> None:
     # Others speak of their own plumbing below WARNING.
     for name in ("asyncio", "grpc"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_farewell)
     logging.getLogger("watchdog").setLevel(logging.CRITICAL)  # it reports its own stopping as an error
+
+
+def _is_no_farewell(record: logging.LogRecord) -> bool:
+    """A kubelet that goes away while its stream is being ended makes gRPC report it with a traceback."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is None or kind.__name__ != "ExecuteBatchError"
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:

@@ -47,3 +47,17 @@ def test_a_failure_carries_its_traceback_in_both_forms() -> None:
         done = subprocess.run([sys.executable, "-c", code, form], capture_output=True, text=True, check=True)
         assert "ZeroDivisionError" in done.stderr
         assert "task" in done.stderr
+
+
+def test_a_kubelet_that_goes_away_under_an_answer_is_no_failure_of_ours() -> None:
+    code = (
+        "import logging; from migplugin.telemetry.log import configure; configure('info', 'text')\n"
+        "class ExecuteBatchError(Exception): ...\n"
+        "log = logging.getLogger('grpc._cython.cygrpc')\n"
+        "for exc in (ExecuteBatchError('send'), ValueError('ours')):\n"
+        "    try: raise exc\n"
+        "    except Exception as e: log.exception('%s raised by servicer method [%s]', type(e).__name__, 'x')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "ExecuteBatchError" not in done.stderr
+    assert "ValueError: ours" in done.stderr
