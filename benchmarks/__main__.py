@@ -16,7 +16,18 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-from benchmarks.peers import DEVICES, NODE, RESOURCE, Peer, floor, ours, started
+from benchmarks.peers import (
+    DEVICES,
+    NODE,
+    REPLICAS,
+    RESOURCE,
+    Peer,
+    floor,
+    floor_shared,
+    ours,
+    ours_shared,
+    started,
+)
 from migplugin.sim.driver import Simulation
 from migplugin.sim.store import Store
 
@@ -41,6 +52,17 @@ async def main() -> None:
             ]
             rows += await memory_and_idle(base, us)
             rows += [await geometry_changes(us, state)]
+        many = DEVICES * REPLICAS
+        async with (
+            started("floor", floor_shared, state, many) as base,
+            started("migplugin", ours_shared, state, many) as us,
+        ):
+            allocate = await blocks(base, us, one_caller_of_replicas)
+            prefer = await blocks(base, us, preferring)
+            rows += [
+                paired(f"Allocate p50, {many:,} replicas", allocate, "ms", None),
+                paired(f"GetPreferredAllocation p50, {many:,} replicas", prefer, "ms", 3.0),
+            ]
     report(rows)
 
 
@@ -77,10 +99,29 @@ async def blocks(
 
 
 TAILS: dict[str, tuple[float, float]] = {}
+TAIL_NAMES = {
+    "one_caller": "Allocate p99, 1 caller",
+    "sixteen_callers": "Allocate p99, 16 callers",
+    "one_caller_of_replicas": "Allocate p99, 5,600 replicas",
+    "preferring": "GetPreferredAllocation p99, 5,600 replicas",
+}
 
 
 async def one_caller(peer: Peer) -> list[float]:
     return [await timed(peer, number) for number in range(CALLS)]
+
+
+async def one_caller_of_replicas(peer: Peer) -> list[float]:
+    return await one_caller(peer)
+
+
+async def preferring(peer: Peer) -> list[float]:
+    times = []
+    for _ in range(max(CALLS // 5, 2)):
+        began = time.perf_counter()
+        await peer.prefer(4)
+        times.append(time.perf_counter() - began)
+    return times
 
 
 async def sixteen_callers(peer: Peer) -> list[float]:
@@ -184,14 +225,13 @@ def p99(values: Sequence[float]) -> float:
 
 def report(rows: list[Row]) -> None:
     for name, (base, us) in TAILS.items():
-        what = f"Allocate p99, {'1 caller' if name == 'one_caller' else '16 callers'}"
-        rows.append(plain(what, {"floor": base, "migplugin": us}, "ms", None, None))
-    print(f"\n{'':<40}{'floor':>10}{'migplugin':>11}  {'':<4}{'ratio':>6}  {'quartiles':<14}{'aim':<13}")
+        rows.append(plain(TAIL_NAMES[name], {"floor": base, "migplugin": us}, "ms", None, None))
+    print(f"\n{'':<44}{'floor':>10}{'migplugin':>11}  {'':<4}{'ratio':>6}  {'quartiles':<14}{'aim':<13}")
     for row in rows:
         spread = "" if "quartiles" not in row else "{:.2f} - {:.2f}".format(*row["quartiles"])  # type: ignore[misc]
         verdict = {None: "", True: "met", False: "MISSED"}[row["met"]]  # type: ignore[index]
         print(
-            f"{row['what']:<40}{number(row.get('floor')):>10}{number(row['migplugin']):>11}  {row['unit']:<4}"
+            f"{row['what']:<44}{number(row.get('floor')):>10}{number(row['migplugin']):>11}  {row['unit']:<4}"
             f"{number(row.get('ratio')):>6}  {spread:<14}{row['aim'] or '':<13}{verdict}"
         )
     where = Path("bench-results")

@@ -3,7 +3,7 @@
 It is started as `migplugin serve` is, speaks to the same kubelet, and does nothing else: no NVML, no
 decision, no watch. What migplugin takes beyond this is the price of being live.
 
-    python -m benchmarks.floor KUBELET_SOCKET '{"nvidia.com/mig-1g.5gb": ["MIG-…", …], …}'
+    python -m benchmarks.floor KUBELET_SOCKET '{"nvidia.com/mig-1g.5gb": ["MIG-…", …], …}' [REPLICAS]
 """
 
 import asyncio
@@ -81,4 +81,9 @@ async def main(kubelet_socket: Path, resources: dict[str, list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), json.loads(sys.argv[2])))
+    shown = json.loads(sys.argv[2])
+    if len(sys.argv) > 3:
+        shown = {
+            name: [f"{i}::{n}" for i in ids for n in range(int(sys.argv[3]))] for name, ids in shown.items()
+        }
+    asyncio.run(main(Path(sys.argv[1]), shown))

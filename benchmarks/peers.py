@@ -22,6 +22,7 @@ from migplugin.sim.store import Store
 NODE = "8xa100-40gb=1g.5gb*7"
 RESOURCE = "nvidia.com/mig-1g.5gb"
 DEVICES = 56
+REPLICAS = 100
 
 Command = Callable[[Kubelet, Path], tuple[str, ...]]
 
@@ -38,6 +39,19 @@ def floor(kubelet: Kubelet, state: Path) -> tuple[str, ...]:
     node = Store(state).read()
     ids = [compute.uuid for gpu in node.gpus for _, compute in gpu.mig_devices()]
     return (sys.executable, "-m", "benchmarks.floor", str(kubelet.socket), json.dumps({RESOURCE: ids}))
+
+
+def ours_shared(kubelet: Kubelet, state: Path) -> tuple[str, ...]:
+    """Every device 100 times, by time-slicing."""
+    resources = [{"name": RESOURCE, "replicas": REPLICAS}]
+    file = kubelet.socket.parent.parent / "config.json"
+    file.write_text(json.dumps({"sharing": {"timeSlicing": {"resources": resources}}}))
+    return (*ours(kubelet, state), f"--config-file={file}")
+
+
+def floor_shared(kubelet: Kubelet, state: Path) -> tuple[str, ...]:
+    # 5,600 ids do not fit into an argument of the command line; the floor makes them itself.
+    return (*floor(kubelet, state), str(REPLICAS))
 
 
 @dataclass
@@ -57,9 +71,18 @@ class Peer:
         )
         await self.stub.Allocate(request)
 
+    async def prefer(self, size: int) -> None:
+        """As the kubelet asks: with everything that is available."""
+        wanted = api_pb2.ContainerPreferredAllocationRequest(
+            available_deviceIDs=self.ids, allocation_size=size
+        )
+        await self.stub.GetPreferredAllocation(
+            api_pb2.PreferredAllocationRequest(container_requests=[wanted])
+        )
+
 
 @contextlib.asynccontextmanager
-async def started(name: str, command: Command, state: Path) -> AsyncIterator[Peer]:
+async def started(name: str, command: Command, state: Path, devices: int = DEVICES) -> AsyncIterator[Peer]:
     """The plugin, running, with its first list taken by the kubelet."""
     root = Path(tempfile.mkdtemp(prefix="migbench-", dir="/tmp"))
     try:
@@ -71,7 +94,7 @@ async def started(name: str, command: Command, state: Path) -> AsyncIterator[Pee
                     *words, stdout=log, stderr=log, env=environment()
                 )
             try:
-                await kubelet.until(lambda k: k.allocatable(RESOURCE) == DEVICES, timeout=30.0)
+                await kubelet.until(lambda k: k.allocatable(RESOURCE) == devices, timeout=30.0)
                 cold_start = time.perf_counter() - began
                 endpoint = kubelet.registrations[-1][1]
                 options = (("grpc.default_authority", "localhost"),)
