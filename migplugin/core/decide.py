@@ -323,15 +323,17 @@ def _see(world: World, held: AbstractSet[Key], health: Health) -> tuple[Entries,
         if is_ours(resource, id_, world.options.naming.domain)
     ]
     answering = _answering(world)
-    missing: tuple[Entry | None, Entry] | None = None
+    missing: tuple[ResourceName, DeviceId, Entry | None, Entry] | None = None
     for resource, id_, before in sorted(absent, key=lambda one: one[:2]):
-        if before is None or missing is None or missing[0] is not before:
-            unknown = None, Device(device_of(id_), GpuUuid(""), -1, "", None, ())
-            live_as, device = live.get(device_of(id_), unknown)
+        behind = device_of(id_)
+        if missing is None or missing[:2] != (resource, behind) or missing[2] is not before:
+            unknown = None, Device(behind, GpuUuid(""), -1, "", None, ())
+            live_as, device = live.get(behind, unknown)
             device = before.device if before is not None else device
             sick, vanished = _absence(world, device, resource, live_as, answering)
-            missing = before, _entry(world, device, driver or sick, before, vanished=vanished)
-        entries.setdefault(resource, {})[id_] = missing[1]
+            entry = _entry(world, device, driver or sick, before, vanished=vanished)
+            missing = resource, behind, before, entry
+        entries.setdefault(resource, {})[id_] = missing[3]
 
     warnings = list(assignment.left_out)
     if world.inventory is not None:

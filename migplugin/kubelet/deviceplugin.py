@@ -21,7 +21,7 @@ import grpc.aio
 
 from migplugin._proto.deviceplugin.v1beta1 import api_pb2, api_pb2_grpc
 from migplugin.aio import Cell, first_of
-from migplugin.core.allocation import Edits, Offer, OfferedDevice, Offers, edits
+from migplugin.core.allocation import Edits, Offer, Offers, edits
 from migplugin.core.inventory import DeviceId
 from migplugin.core.preference import prefer
 from migplugin.core.resource import ResourceName
@@ -186,18 +186,21 @@ class Server:
 
 
 def as_list(offer: Offer) -> api_pb2.ListAndWatchResponse:
-    """The kubelet's form of an offer, in order of id."""
-    return api_pb2.ListAndWatchResponse(
-        devices=[_as_device(id_, offer.devices[id_]) for id_ in sorted(offer.devices)]
-    )
-
-
-def _as_device(id_: DeviceId, offered: OfferedDevice) -> api_pb2.Device:
-    device = api_pb2.Device(ID=id_, health=HEALTHY if offered.healthy else UNHEALTHY)
-    # A topology that is there but empty hides the device from pod-resources (kubelet.md 1.7).
-    if offered.device.numa_node is not None:
-        device.topology.nodes.add(ID=offered.device.numa_node)
-    return device
+    """The kubelet's form of an offer, in order of id. Made in place: there may be thousands of replicas."""
+    answer = api_pb2.ListAndWatchResponse()
+    topologies: dict[int, api_pb2.TopologyInfo] = {}
+    for id_ in sorted(offer.devices):
+        offered = offer.devices[id_]
+        node = offered.device.numa_node
+        if node is not None and node not in topologies:
+            topologies[node] = api_pb2.TopologyInfo(nodes=[api_pb2.NUMANode(ID=node)])
+        answer.devices.add(
+            ID=id_,
+            health=HEALTHY if offered.healthy else UNHEALTHY,
+            # A topology that is there but empty hides the device from pod-resources (kubelet.md 1.7).
+            topology=None if node is None else topologies[node],
+        )
+    return answer
 
 
 def as_response(given: Edits) -> api_pb2.ContainerAllocateResponse:
