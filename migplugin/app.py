@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from migplugin import __version__
 from migplugin.aio import keep_running
+from migplugin.control.healthfile import HealthFile
 from migplugin.control.ports import Preparation
 from migplugin.control.preparation import Nodes, Publication
 from migplugin.control.reconciler import Pace, Reconciler
@@ -150,6 +151,7 @@ async def serve(settings: Settings, again: Callable[[], Settings]) -> int:
             chosen,
             Pace(settings.poll_interval),
             preparations=_preparations(settings, where),
+            record=HealthFile(_state_dir(settings), where.proc),
         )
 
         def reconfigure(new: Settings) -> None:
@@ -278,6 +280,10 @@ def _driver(
         on_geometry=on_geometry,
         on_fault=on_fault,
     )
+
+
+def _state_dir(settings: Settings) -> Path:
+    return Path(settings.state_dir) if settings.state_dir else settings.kubelet_socket.parent / "migplugin"
 
 
 def _usage(settings: Settings) -> UsageReader:

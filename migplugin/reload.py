@@ -29,6 +29,7 @@ NEEDS_RESTART = frozenset(
         "http_listen",
         "nvidia_cdi_hook_path",
         "nvml_timeout",
+        "state_dir",
     }
 )
 

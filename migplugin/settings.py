@@ -65,6 +65,7 @@ class Settings:
     removal_delay: float
     driver_grace: float
     health_recovery_after: float
+    state_dir: str
     nvml_timeout: float
     proc_root: Path
     sysfs_root: Path
@@ -391,6 +392,11 @@ TABLE: tuple[Setting, ...] = (
         "How long no pod must have held a device with a contained memory error (XID 94), and the driver have wanted "
         "nothing done, before it is Healthy again without having been made anew. 0: never.",
         kind=float,
+    ),
+    Setting(
+        "state_dir", ("MIGPLUGIN_STATE_DIR",), _OURS + "stateDir", "", parse_root, "PATH",
+        "Where sick devices are remembered when the agent is started anew; unset: `migplugin` in the directory of the "
+        "kubelet's socket. To have them all forgotten, stop the agent and remove `health.json` there.",
     ),
     Setting(
         "nvml_timeout", ("MIGPLUGIN_NVML_TIMEOUT",), _OURS + "nvmlTimeout", "15s", parse_timeout, "DURATION",

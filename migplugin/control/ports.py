@@ -6,7 +6,7 @@ from typing import Protocol
 
 from migplugin.core.allocation import EditOptions
 from migplugin.core.decide import Usage
-from migplugin.core.health import Fault
+from migplugin.core.health import Fault, Health
 from migplugin.core.inventory import DeviceId, Inventory
 
 
@@ -28,6 +28,14 @@ class Driver(Protocol):
 class UsageSource(Protocol):
     async def read(self, began: float) -> Usage:
         """Who holds what; `began` is the time before the call, on `World.now`'s clock. Raises nothing."""
+
+
+class HealthRecord(Protocol):
+    def load(self, now: float) -> Health:
+        """The health that an agent before this one left; `now` is on `World.now`'s clock. Raises nothing."""
+
+    def save(self, health: Health) -> None:
+        """Remembers `health` beyond the end of this process; cheap where nothing changed. Raises nothing."""
 
 
 @dataclass(frozen=True, slots=True)

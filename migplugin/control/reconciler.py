@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from migplugin.aio import Cell, first_of
-from migplugin.control.ports import Driver, Preparation, UsageSource
+from migplugin.control.ports import Driver, HealthRecord, Preparation, UsageSource
 from migplugin.core.allocation import Offers, granted
-from migplugin.core.decide import Key, Options, Outcome, Usage, World, decide
+from migplugin.core.decide import Key, Memory, Options, Outcome, Usage, World, decide
 from migplugin.core.health import Fault
 from migplugin.core.inventory import DeviceId, Inventory
 from migplugin.core.resource import ResourceName
@@ -57,15 +57,18 @@ class Reconciler:
         pace: Pace,
         *,
         preparations: Sequence[Preparation] = (),
+        record: HealthRecord | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.offers: Cell[Offers] = Cell(Offers())
-        self.world = World(clock(), options=options)
+        memory = Memory(health=record.load(clock())) if record is not None else Memory()
+        self.world = World(clock(), memory=memory, options=options)
         self.outcome: Outcome | None = None
         self._driver = driver
         self._usage = usage
         self._pace = pace
         self._preparations = preparations
+        self._record = record
         self._clock = clock
         self._leases: dict[Key, float] = {}
         self._wake = asyncio.Event()
@@ -182,6 +185,8 @@ class Reconciler:
                 del self._leases[key]
         _tell(self.outcome, outcome)
         self.world, self.outcome = world, outcome
+        if self._record is not None:
+            self._record.save(outcome.memory.health)
         if outcome.look_at is not None:
             self._look_at = min(self._look_at, outcome.look_at)
         self.offers.set(outcome.offers)

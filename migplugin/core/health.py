@@ -20,7 +20,7 @@ for as long as they are there.
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from migplugin.core.inventory import DeviceId, Gpu, GpuUuid, Inventory, MigDevice
 from migplugin.core.xid import RECOVERY_ACTION_CHANGED, TABLE, Checks, xid
@@ -48,6 +48,15 @@ class Fault:
     last: float
 
 
+class Instance(NamedTuple):
+    """What makes a MIG device the same as before: its UUID can come back on another profile (nvml.md 3.5)."""
+
+    uuid: DeviceId
+    gi: int
+    ci: int
+    profile: str
+
+
 @dataclass(frozen=True, slots=True)
 class Sickness:
     """Why something is unfit: the XIDs that came, in order, the first at `since` and one more at `last`.
@@ -57,7 +66,7 @@ class Sickness:
     """
 
     gpu: GpuUuid
-    device: MigDevice | None
+    device: Instance | None
     xids: tuple[int, ...]
     since: float
     last: float
@@ -242,16 +251,15 @@ def _is_over(sickness: Sickness, inventory: Inventory, gpus: Mapping[GpuUuid, Gp
         return not _may_be_broken(sickness.gpu, inventory)
     if sickness.device is None:
         return False
-    return all(_identity(device) != _identity(sickness.device) for device in gpu.devices)
+    return all(_instance(device) != sickness.device for device in gpu.devices)
 
 
 def _may_be_broken(gpu: GpuUuid, inventory: Inventory) -> bool:
     return any(broken.uuid in {None, gpu} for broken in inventory.broken)
 
 
-def _identity(device: MigDevice) -> tuple[DeviceId, int, int, str]:
-    # A UUID can come back with another profile (nvml.md 3.5).
-    return device.uuid, device.gi, device.ci, device.profile
+def _instance(device: MigDevice) -> Instance:
+    return Instance(device.uuid, device.gi, device.ci, device.profile)
 
 
 def _rest(sickness: Sickness, scene: Scene, gpus: Mapping[GpuUuid, Gpu]) -> Sickness:
@@ -303,7 +311,7 @@ def _action(gpu: Gpu | None) -> int | None:
 
 def _concerned(
     fault: Fault, inventory: Inventory, gpus: Mapping[GpuUuid, Gpu]
-) -> list[tuple[Subject, MigDevice | None]]:
+) -> list[tuple[Subject, Instance | None]]:
     """Whom the fault makes sick: a whole GPU, or MIG devices; nobody where it names what is not there."""
     gpu = gpus.get(fault.gpu)
     if gpu is None and not _may_be_broken(fault.gpu, inventory):
@@ -311,13 +319,13 @@ def _concerned(
     if fault.gi is None or xid(fault.xid).concerns_gpu or (gpu is not None and not gpu.mig_enabled):
         return [(fault.gpu, None)]
     return [
-        (device.uuid, device)
+        (device.uuid, _instance(device))
         for device in (gpu.devices if gpu is not None else ())
         if device.gi == fault.gi and fault.ci in {None, device.ci}
     ]
 
 
-def _worse(before: Sickness | None, fault: Fault, device: MigDevice | None, *, stays: bool) -> Sickness:
+def _worse(before: Sickness | None, fault: Fault, device: Instance | None, *, stays: bool) -> Sickness:
     if before is None:
         return Sickness(fault.gpu, device, (fault.xid,), fault.first, fault.last, stays=stays)
     xids = before.xids

@@ -1,6 +1,7 @@
 """What goes wrong around the agent, and how little of it reaches the kubelet."""
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -183,6 +184,31 @@ async def test_a_contained_error_is_over_when_its_pod_is_and_then_some_time(mach
     await node.kubelet.finish(pod)
     line = await agent.until_said("no longer sick", device=held)
     assert "nobody has held it for 0.5 s" in line["reason"]
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+
+
+async def test_restarts_of_agent_and_kubelet_make_nobody_well_and_one_of_the_machine_does(
+    machine: Start,
+) -> None:
+    node = await machine("1xa100-40gb=1g.5gb*3")
+    agent = await node.serve()
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+    gi, ci = node.store.read().gpus[0].mig_devices()[0]
+    node.change(lambda made: made.gpus[0].xid(94, gi.id, ci.id))
+    await node.until(lambda _: node.allocatable("1g.5gb") == 2)
+    await agent.kill()
+    await node.kubelet.restart()
+    agent = await node.serve()
+    await agent.until_said("registered")
+    await node.until(lambda k: k.devices(MIG).get(ci.uuid) == "Unhealthy")
+    assert node.allocatable("1g.5gb") == 2
+    assert await agent.end() == 0
+    (record,) = node.kubelet.socket.parent.glob("migplugin/health.json")
+    document = json.loads(record.read_text())
+    document["stamp"]["boot"] = "the boot before"
+    record.write_text(json.dumps(document))
+    agent = await node.serve()
+    await agent.until_said("was sick before the machine or the driver was started anew", device=ci.uuid)
     await node.until(lambda _: node.allocatable("1g.5gb") == 3)
 
 

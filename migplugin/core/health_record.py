@@ -1,0 +1,70 @@
+"""Health as a document, so that a restart of the agent makes nobody well.
+
+Only what a restart must not change is in it: who is sick and of what, and who got well of late. Times are of
+the machine's monotonic clock: they mean something to every process until the machine starts again, and
+then the document is history anyway (`stamp`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from migplugin.core.health import Health, Instance, Recovery, Sickness, Subject
+from migplugin.core.inventory import DeviceId, GpuUuid
+
+VERSION = 1
+
+
+def record(health: Health) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "sick": [_sickness(sickness) for sickness in health.sick.values()],
+        "recovered": [{"at": r.at, **_sickness(r.sickness)} for r in health.recovered.values()],
+    }
+
+
+def restore(document: object, now: float) -> Health:
+    """The health that was recorded. Nobody has rested meanwhile. Raises ValueError, saying what is wrong."""
+    if not isinstance(document, Mapping) or document.get("version") != VERSION:
+        raise ValueError(f"not a record of version {VERSION}")
+    try:
+        sick = [_restored(entry, now) for entry in document["sick"]]
+        recovered = [
+            Recovery(min(float(entry["at"]), now), _restored(entry, now)) for entry in document["recovered"]
+        ]
+    except (KeyError, TypeError, AttributeError) as exc:
+        raise ValueError(f"not a record of health: {type(exc).__name__} {exc}") from exc
+    return Health({_subject(s): s for s in sick}, {_subject(r.sickness): r for r in recovered})
+
+
+def _subject(sickness: Sickness) -> Subject:
+    return sickness.gpu if sickness.device is None else sickness.device.uuid
+
+
+def _sickness(sickness: Sickness) -> dict[str, Any]:
+    return {
+        "gpu": sickness.gpu,
+        "device": None if sickness.device is None else sickness.device._asdict(),
+        "xids": list(sickness.xids),
+        "since": sickness.since,
+        "last": sickness.last,
+        "stays": sickness.stays,
+    }
+
+
+def _restored(entry: Mapping[str, Any], now: float) -> Sickness:
+    device = entry["device"]
+    xids = tuple(int(code) for code in entry["xids"])
+    if not xids:
+        raise ValueError("a sickness without a reason")
+    return Sickness(
+        GpuUuid(str(entry["gpu"])),
+        None
+        if device is None
+        else Instance(
+            DeviceId(str(device["uuid"])), int(device["gi"]), int(device["ci"]), str(device["profile"])
+        ),
+        xids,
+        min(float(entry["since"]), now),
+        min(float(entry["last"]), now),
+        stays=bool(entry["stays"]),
+    )

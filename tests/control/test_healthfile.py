@@ -1,0 +1,128 @@
+"""Who is sick outlives the agent, and neither the machine nor the driver."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from migplugin.control.healthfile import HealthFile
+from migplugin.core.health import Health, Instance, Recovery, Sickness
+from migplugin.core.inventory import DeviceId, GpuUuid
+
+GPU = GpuUuid("GPU-0")
+ONE = Sickness(GPU, Instance(DeviceId("MIG-a"), 3, 0, "1g.5gb"), (94, 48), 5.0, 8.0)
+WHOLE = Sickness(GPU, None, (79,), 7.0, 7.0, stays=True)
+HEALTH = Health({DeviceId("MIG-a"): ONE, GPU: WHOLE}, {DeviceId("MIG-a"): Recovery(2.0, ONE)})
+
+
+@pytest.fixture
+def proc(tmp_path: Path) -> Path:
+    root = tmp_path / "proc"
+    (root / "sys/kernel/random").mkdir(parents=True)
+    (root / "driver/nvidia").mkdir(parents=True)
+    (root / "sys/kernel/random/boot_id").write_text("one\n")
+    (root / "driver/nvidia/version").write_text("NVRM version: 580\nGCC\n")
+    (root / "modules").write_text("nvidia 627 4 nvidia_uvm, Live 0xffffffffc0a00000 (POE)\n")
+    return root
+
+
+def saved(tmp_path: Path, proc: Path) -> Path:
+    HealthFile(tmp_path / "state", proc).save(HEALTH)
+    return tmp_path / "state"
+
+
+def test_what_was_saved_is_loaded_by_the_next_agent_and_said(
+    tmp_path: Path, proc: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = saved(tmp_path, proc)
+    assert HealthFile(state, proc).load(10.0) == HEALTH
+    assert [record.message for record in caplog.records] == ["still sick", "still sick"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("sys/kernel/random/boot_id", "two\n"),
+        ("driver/nvidia/version", "NVRM version: 590\n"),
+        ("modules", "nvidia 627 4 nvidia_uvm, Live 0xffffffffc0b00000 (POE)\n"),
+    ],
+)
+def test_after_a_new_boot_or_driver_it_is_history(
+    tmp_path: Path, proc: Path, file: str, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    state = saved(tmp_path, proc)
+    (proc / file).write_text(text)
+    assert HealthFile(state, proc).load(10.0) == Health()
+    assert {record.message for record in caplog.records} == {
+        "was sick before the machine or the driver was started anew"
+    }
+
+
+def test_a_file_that_is_not_there_is_a_clean_start(
+    tmp_path: Path, proc: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert HealthFile(tmp_path, proc).load(10.0) == Health()
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+
+
+WRONG: tuple[dict[str, object], ...] = (
+    {"xids": []},
+    {"xids": ["x"]},
+    {"since": None},
+    {"device": "MIG-a"},
+    {"device": {}},
+)
+
+
+def broken() -> list[str]:
+    good = {"gpu": "GPU-0", "device": None, "xids": [79], "since": 1.0, "last": 1.0, "stays": False}
+    return [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"health": null}',
+        '{"health": {"version": 2}}',
+        '{"health": {"version": 1, "sick": 3}}',
+        *(
+            json.dumps({"health": {"version": 1, "sick": [{**good, **wrong}], "recovered": []}})
+            for wrong in WRONG
+        ),
+    ]
+
+
+@pytest.mark.parametrize("text", broken())
+def test_a_corrupt_file_is_a_clean_start_with_a_warning(
+    tmp_path: Path, proc: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "health.json").write_text(text)
+    assert HealthFile(tmp_path, proc).load(10.0) == Health()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_times_from_the_future_are_now(tmp_path: Path, proc: Path) -> None:
+    found = HealthFile(saved(tmp_path, proc), proc).load(1.0)
+    assert {(s.since, s.last) for s in found.sick.values()} == {(1.0, 1.0)}
+
+
+def test_an_unchanged_state_is_not_written_again(tmp_path: Path, proc: Path) -> None:
+    file = HealthFile(tmp_path, proc)
+    file.save(HEALTH)
+    (tmp_path / "health.json").unlink()
+    file.save(HEALTH)
+    assert not (tmp_path / "health.json").exists()
+    file.save(Health())
+    assert json.loads((tmp_path / "health.json").read_text())["health"]["sick"] == []
+
+
+def test_a_directory_that_cannot_be_made_is_said_once(
+    tmp_path: Path, proc: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "state").write_text("in the way")
+    file = HealthFile(tmp_path / "state", proc)
+    file.save(HEALTH)
+    file.save(Health())
+    assert len(caplog.records) == 1
