@@ -267,6 +267,7 @@ given = settings.resolve({"dev_root": f"{root}/dev", "driver_root_ctr_path": f"{
 node = Inventory("1", (SEVENTHS,))
 nodes = CapabilityNodes(dev_root=root, is_host=False, proc_root=root, driver_root=root)
 os.setuid(65534)
+app._refuse_painted_gpus(settings.resolve({"simulate": "1xa30", "proc_root": str(root)}, {}))
 with app.roots(given) as roots:
     print(roots.dev)
 print(len(DriverFiles(root, root, root).facts(node).sockets), DriverFiles(root, root, root).has("/usr/bin/x"))
