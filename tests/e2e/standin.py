@@ -55,14 +55,15 @@ class Process:
 
     async def port(self) -> int:
         """Where its probes are answered: the agent says so."""
-        async with asyncio.timeout(PATIENCE):
-            while True:
-                for line in self.said:
-                    if found := re.search(r" probes .*port=(\d+)", line):
-                        return int(found[1])
-                assert self.process.returncode is None, self.said
-                self._changed.clear()
-                await self._changed.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE):
+                while self.process.returncode is None:
+                    for line in self.said:
+                        if found := re.search(r" probes .*port=(\d+)", line):
+                            return int(found[1])
+                    self._changed.clear()
+                    await self._changed.wait()
+        raise AssertionError(f"it does not answer probes; it said: {self.said}")
 
     async def kill(self) -> None:
         if self.process.returncode is None:
@@ -225,10 +226,13 @@ class StandIn:
 
     async def _until_probed(self, process: Process, path: str) -> None:
         port = await process.port()
-        async with asyncio.timeout(PATIENCE):
-            while not await _answers(port, path):
-                assert process.process.returncode is None, process.said
-                await asyncio.sleep(PROBE_PERIOD)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE):
+                while not await _answers(port, path):
+                    assert process.process.returncode is None, process.said
+                    await asyncio.sleep(PROBE_PERIOD)
+                return
+        raise AssertionError(f"{path} did not say yes within {PATIENCE:g} s; the agent said: {process.said}")
 
 
 def _schedule(spec: Document) -> None:
