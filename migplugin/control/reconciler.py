@@ -243,7 +243,8 @@ class Reconciler:
         """Until there is something to do."""
         outcome = self.outcome
         moments = [self._look_at]
-        moments += [moment for moment in (self._prepare_at, self._faults_at) if moment is not None]
+        faults_at = self._faults_at if self.world.inventory is not None else None
+        moments += [moment for moment in (self._prepare_at, faults_at) if moment is not None]
         if outcome is not None:
             usage_at = outcome.usage_at if self._reading is None else None
             moments += [moment for moment in (outcome.wake_at, usage_at) if moment is not None]

@@ -137,6 +137,24 @@ async def test_a_fault_takes_exactly_the_devices_it_concerns_within_a_second(mac
     assert [line["reason"].split()[1] for line in agent.said("fell sick")] == ["94", "48", "79"]
 
 
+async def test_in_a_flood_of_xids_a_pod_is_admitted_and_the_right_device_is_marked(machine: Start) -> None:
+    node = await machine("1xa100-40gb=1g.5gb*7")
+    agent = await node.serve()
+    await node.until(lambda _: node.allocatable("1g.5gb") == 7)
+    devices = node.store.read().gpus[0].mig_devices()
+    with node.store.change() as made:
+        for n in range(10_000):
+            gi, ci = devices[n % 7]
+            made.gpus[0].xid(94 if n == 5_000 else 31, gi.id, ci.id)
+    status = await asyncio.wait_for(node.kubelet.admit(Pod("p", (Container("c", {MIG: 1}),))), 1.0)
+    assert status.phase == "Running", status
+    (sick,) = (ci.uuid for n, (_, ci) in enumerate(devices) if n == 5_000 % 7)
+    await node.until(
+        lambda k: {id_ for id_, health in k.devices(MIG).items() if health == "Unhealthy"} == {sick}
+    )
+    await agent.until_said("fell sick", device=sick)
+
+
 async def test_what_applications_do_wrong_makes_nobody_sick(machine: Start) -> None:
     node = await machine("1xa100-40gb=1g.5gb*3")
     agent = await node.serve(DP_DISABLE_HEALTHCHECKS="48")

@@ -10,6 +10,7 @@ from migplugin.control.reconciler import FAULTS_AGAIN, Pace, Reconciler
 from migplugin.core.decide import Options, Source, Usage
 from migplugin.core.health import Fault
 from migplugin.core.inventory import Inventory
+from migplugin.errors import DriverError
 from tests.core.examples import ASSORTED, SEVENTHS, inventory
 
 
@@ -29,7 +30,7 @@ class Told:
 
     def faults(self) -> tuple[Fault, ...]:
         self.taken += bool(self.xids)
-        merged = {x: Fault(SEVENTHS.uuid, 1, 0, x, self.xids.count(x), 0.0, 0.0) for x in self.xids}
+        merged = {x: Fault(SEVENTHS.uuid, 9, 0, x, self.xids.count(x), 0.0, 0.0) for x in self.xids}
         self.xids.clear()
         return tuple(merged.values())
 
@@ -91,6 +92,45 @@ async def test_a_kubelet_that_does_not_say_who_holds_what_holds_no_change_back()
         began = reconciler.world.usage.began
         usage.let.set()
         await until(lambda: usage.asked >= 3 and reconciler.world.usage.began > began)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+class Away(Told):
+    """A driver that does not answer yet, and has an XID to tell all the same."""
+
+    answers = False
+
+    async def look(self, *, suspect: bool = False) -> Inventory:
+        if not self.answers:
+            self.looks += 1
+            raise DriverError("not yet")
+        return await super().look(suspect=suspect)
+
+
+async def test_an_xid_before_the_first_inventory_waits_for_it_and_nobody_spins() -> None:
+    driver = Away()
+    usage = Silent()
+    usage.let.set()
+    reconciler = Reconciler(driver, usage, Options(), Pace())
+    await reconciler.first()
+    running = asyncio.ensure_future(reconciler.run())
+    decided = reconciler.outcome
+    try:
+        driver.xids.append(94)
+        reconciler.fault_arrived()
+        steps = 0
+        async with asyncio.timeout(5):
+            while driver.looks < 2:
+                steps += reconciler.outcome is not decided
+                decided = reconciler.outcome
+                await asyncio.sleep(0)
+        assert steps < 10
+        driver.answers = True
+        await until(
+            lambda: reconciler.outcome is not None and len(reconciler.outcome.memory.health.sick) == 1
+        )
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)

@@ -6,6 +6,7 @@ from migplugin.core.decide import Memory, Options, Source, Usage, World, decide
 from migplugin.core.health import Fault
 from migplugin.core.inventory import BrokenGpu, DeviceId, Gpu, GpuUuid, Inventory, MigDevice, Placement, Signs
 from migplugin.core.resource import GPU, ResourceName, Strategy
+from migplugin.core.sharing import Shared, TimeSlicing
 
 MIG_1G = ResourceName("nvidia.com/mig-1g.5gb")
 MIG_2G = ResourceName("nvidia.com/mig-2g.10gb")
@@ -339,3 +340,20 @@ def test_the_driver_is_asked_about_a_fault_where_it_can_say_and_answers() -> Non
     assert run.times()[2] is None
     run.step(now=6.0, driver_failed=None, looked=5.5)
     assert run.shown(MIG_1G) == {"MIG-a": True}
+
+
+def test_every_replica_of_a_sick_device_is_unhealthy_and_no_other_is() -> None:
+    options = Options(sharing=TimeSlicing((Shared(MIG_1G, 3), Shared(GPU, 2))))
+    node = inventory(gpu(0, ("MIG-a", "1g.5gb"), ("MIG-b", "1g.5gb")), gpu(1, mig=False), gpu(2, mig=False))
+    run = Run(inventory=node, options=options)
+    faults = (
+        Fault(GpuUuid("GPU-0"), 1, 0, 94, 1, 0.5, 0.5),
+        Fault(GpuUuid("GPU-2"), None, None, 79, 1, 0.5, 0.5),
+    )
+    run.step(now=1.0, faults=faults)
+    assert run.shown(MIG_1G) == {f"MIG-{x}::{n}": x == "a" for x in "ab" for n in range(3)}
+    assert run.shown(GPU) == {f"GPU-{x}::{n}": x == 1 for x in (1, 2) for n in range(2)}
+    run.step(now=10.0, faults=(), usage=usage(10.0, (MIG_1G, "MIG-b::2")))
+    assert run.times()[1] is None, "a pod has one of its replicas"
+    run.step(now=20.0, usage=usage(20.0, (MIG_1G, "MIG-a::2")))
+    assert run.times()[1] == 320.0
