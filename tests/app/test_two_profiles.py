@@ -1,4 +1,4 @@
-"""A container that asks for two MIG profiles: the kubelet keeps one variable, but every mount and CDI name."""
+"""A container that asks for two MIG profiles: the kubelet keeps one variable, but each mount and CDI name."""
 
 import pytest
 
