@@ -19,7 +19,7 @@ from typing import Any, NewType
 import pynvml
 
 from migplugin.errors import DriverError, DriverNotReady, LibraryMissing
-from migplugin.nvml.codes import ABSENT, GONE, Code, describe
+from migplugin.nvml.codes import ABSENT, GONE, LOST, Code, describe
 
 log = logging.getLogger(__name__)
 
@@ -217,9 +217,18 @@ def memory_bytes(handle: Handle) -> int:
 
 
 def fields(handle: Handle, *wanted: int) -> dict[int, int]:
-    """The values of those fields, all small numbers, that this driver knows of this GPU."""
-    unknown = {*ABSENT, Code.INVALID_ARGUMENT, Code.NO_PERMISSION}
-    values = unless(unknown, lambda: call("nvmlDeviceGetFieldValues", handle, wanted), ())
+    """The values of those fields, all small numbers, that this driver knows of this GPU.
+
+    However it refuses, a GPU is not broken for that, unless it says that it is lost.
+    """
+    try:
+        values = call("nvmlDeviceGetFieldValues", handle, wanted)
+    except DriverNotReady:
+        raise
+    except DriverError as exc:
+        if exc.code in LOST:
+            raise
+        return {}
     return {int(found.fieldId): _number(found) for found in values if found.nvmlReturn == 0}
 
 

@@ -357,11 +357,13 @@ def test_what_the_driver_knows_of_a_gpu_s_fitness_is_told_and_what_it_does_not_k
     assert [gpu.signs for gpu in found] == [Signs(), Signs(4, remap_pending=True, remap_failed=False)]
 
 
-@pytest.mark.parametrize("code", [2, 3, 4, 13])
+@pytest.mark.parametrize("code", [2, 3, 4, 7, 13, 25, 999])
 def test_a_driver_that_refuses_to_tell_fields_has_no_signs(code: int) -> None:
     with machine("1xa100-40gb=1g.5gb") as place, place.session() as snapshots:
         place.change(lambda node: node.switches.fail.update({"nvmlDeviceGetFieldValues": Failure(code)}))
         assert only_gpu(snapshots.take()).signs == Signs()
+        place.change(lambda node: node.switches.fail.update({"nvmlDeviceGetFieldValues": Failure(15)}))
+        assert [gpu.lost for gpu in snapshots.take().inventory.broken] == [True]
 
 
 def test_a_gpu_lost_from_the_beginning_is_told_without_uuid() -> None:
