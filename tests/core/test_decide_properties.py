@@ -18,12 +18,23 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from migplugin.core.decide import Key, Options, Outcome, Source, Usage, World, decide
 from migplugin.core.inventory import BrokenGpu, DeviceId, Gpu, GpuUuid, Inventory, MigDevice
-from migplugin.core.resource import GPU, ResourceName, Strategy, of_profile
+from migplugin.core.naming import Naming, Rule
+from migplugin.core.resource import GPU, ResourceName, Strategy, device_of, is_replica, of_profile
+from migplugin.core.sharing import Shared, TimeSlicing
 
 REMOVAL_DELAY, GRACE, EMPTY_KEPT = 20.0, 30.0, 60.0
 GPUS = (0, 1)
 IDS = tuple(f"MIG-{gpu}-{n}" for gpu in GPUS for n in range(2))
 PROFILES = ("1g.5gb", "2g.10gb")
+SMALL = ResourceName("nvidia.com/small")
+NAMINGS = (Naming(), Naming(mig=(Rule("1g.*", SMALL),)))
+# By resource: how many replicas, and what they are called.
+SHARINGS: tuple[dict[ResourceName, tuple[int, ResourceName]], ...] = (
+    {},
+    {of_profile("1g.5gb"): (2, of_profile("1g.5gb"))},
+    {of_profile("1g.5gb"): (3, of_profile("1g.5gb")), GPU: (2, ResourceName("nvidia.com/gpu.shared"))},
+    {SMALL: (2, ResourceName("nvidia.com/small.shared"))},
+)
 
 
 @dataclass
@@ -51,6 +62,7 @@ class Node(RuleBasedStateMachine):
         self.last: Outcome | None = None
         self.unhealthy_since: dict[Key, float] = {}
         self.empty_since: dict[ResourceName, float] = {}
+        self.naming, self.sharing = NAMINGS[0], SHARINGS[0]
 
     # What there is.
 
@@ -104,6 +116,16 @@ class Node(RuleBasedStateMachine):
         failed = self.now if self.world.driver_failed is None else None
         self.world = replace(self.world, driver_failed=failed, driver_error="no answer" if failed else "")
         self.look()
+
+    @precondition(lambda self: self.world.options.strategy is Strategy.MIXED)
+    @rule(naming=st.sampled_from(NAMINGS), sharing=st.sampled_from(SHARINGS))
+    def reconfigure(self, naming: Naming, sharing: dict[ResourceName, tuple[int, ResourceName]]) -> None:
+        """Other names and other replicas, while pods hold what they hold."""
+        self.naming, self.sharing = naming, sharing
+        shared = tuple(Shared(name, count, rename) for name, (count, rename) in sharing.items())
+        options = replace(self.world.options, naming=naming, sharing=TimeSlicing(shared))
+        self.world = replace(self.world, options=options)
+        self.decide()
 
     # Pods and the kubelet.
 
@@ -277,8 +299,8 @@ class Node(RuleBasedStateMachine):
         for key in old.keys() - new.keys():
             assert self.now >= self.unhealthy_since[key] + REMOVAL_DELAY, f"{key} left too soon"
             assert self.world.driver_failed is None, f"{key} left while the driver was silent"
-            profile = self.devices.get(key[1]) if gpu_of(key[1]) in self.broken else None
-            assert profile is None or of_profile(profile) != key[0], f"{key} left while its GPU was silent"
+            silent = gpu_of(key[1]) in self.broken
+            assert not silent or key not in self.meant(), f"{key} left while its GPU was silent"
         self.unhealthy_since = {
             key: self.unhealthy_since.get(key, self.now) for key, healthy in new.items() if not healthy
         }
@@ -304,12 +326,12 @@ class Node(RuleBasedStateMachine):
         maybe_held = self.world.usage.named | self.leases.keys() | self.stale | {pod.key for pod in self.pods}
         # Where a source is silent, what was named once may still be held.
         sure = self.world.usage.complete
-        for id_, resource in self.live().items():
-            elsewhere = {key for key in maybe_held if key[1] == id_ and key[0] != resource}
+        for key in self.live():
+            elsewhere = {other for other in maybe_held if is_in_the_way(other, key)}
             if sure and not elsewhere:
-                assert shown.get((resource, DeviceId(id_))) is True, f"{id_} is not offered"
-            healthy_as = {key[0] for key, healthy in shown.items() if healthy and key[1] == id_}
-            assert healthy_as <= {resource}, f"{id_} is offered as {healthy_as}"
+                assert shown.get(key) is True, f"{key} is not offered"
+            wrong = {other for other, healthy in shown.items() if healthy and is_in_the_way(other, key)}
+            assert not wrong, f"{key[1]} is offered as {wrong}"
 
     def check_single_profile(self, healthy: set[DeviceId]) -> None:
         """Every device of one profile; none only while a pod holds what is gone of the one that is served."""
@@ -322,18 +344,29 @@ class Node(RuleBasedStateMachine):
             assert "" not in served
             assert {id_ for id_, profile in live.items() if profile in served} <= healthy
 
-    def live(self) -> dict[str, ResourceName]:
-        answering = [n for n in GPUS if n not in self.broken]
-        whole = {f"GPU-{n}": GPU for n in answering if n not in self.mig}
-        return whole | {i: of_profile(p) for i, p in self.devices.items() if gpu_of(i) in answering}
+    def live(self) -> set[Key]:
+        return {key for key in self.meant() if gpu_of(key[1]) not in self.broken}
+
+    def meant(self) -> set[Key]:
+        """What is to be on offer once every GPU answers."""
+        found = {f"GPU-{n}": GPU for n in GPUS if n not in self.mig}
+        for id_, profile in self.devices.items():
+            is_small = bool(self.naming.mig) and profile.startswith("1g.")
+            found[id_] = SMALL if is_small else of_profile(profile)
+        keys = set()
+        for id_, name in found.items():
+            count, rename = self.sharing.get(name, (0, name))
+            ids = [f"{id_}::{n}" for n in range(count)] if count else [id_]
+            keys |= {(rename, DeviceId(one)) for one in ids}
+        return keys
 
     @invariant()
     def what_a_pod_holds_is_listed_and_healthy_nowhere_else(self) -> None:
         shown = self.shown()
         for pod in self.pods:
             assert pod.key in shown, f"{pod.key} left the list while a pod holds it"
-            other = [key for key, healthy in shown.items() if key[1] == pod.key[1] and healthy]
-            assert set(other) <= {pod.key}, f"{pod.key} is held and also offered as {other}"
+            other = [key for key, healthy in shown.items() if healthy and is_in_the_way(pod.key, key)]
+            assert not other, f"{pod.key} is held and also offered as {other}"
 
     def teardown(self) -> None:
         """All pods end, everything answers: by its own alarms the list comes to show what is there."""
@@ -353,15 +386,21 @@ class Node(RuleBasedStateMachine):
             raise AssertionError("it never comes to rest")
         ids = {key[1] for key in self.shown()}
         if self.world.options.strategy is Strategy.MIXED:
-            assert self.shown() == {(resource, DeviceId(i)): True for i, resource in self.live().items()}
+            assert self.shown() == dict.fromkeys(self.live(), True)
         else:
-            assert ids <= self.live().keys()
+            assert ids <= {key[1] for key in self.live()}
             assert all(self.shown().values())
             assert bool(ids) == bool(self.devices or not self.mig), "nothing is served"
 
 
 def gpu_of(id_: str) -> int:
-    return int(id_.split("-")[1])
+    return int(device_of(id_).split("-")[1])
+
+
+def is_in_the_way(held: Key, key: Key) -> bool:
+    """Whether `held` is the device of `key` in another way: replicas of one resource get on together."""
+    ways = [(resource, is_replica(id_)) for resource, id_ in (held, key)]
+    return device_of(held[1]) == device_of(key[1]) and ways[0] != ways[1]
 
 
 # What happens how often in a long life; Hypothesis finds the short stories, this the tangled ones.
@@ -380,6 +419,7 @@ LIFE: dict[str, tuple[int, dict[str, tuple[Any, ...]]]] = {
     "driver_falls_silent_or_answers": (1, {}),
     "switch_mig_mode": (1, {"gpu": GPUS}),
     "agent_restarts": (1, {}),
+    "reconfigure": (1, {"naming": NAMINGS, "sharing": SHARINGS}),
 }
 
 
@@ -406,6 +446,8 @@ def test_a_long_life(seed: int, strategy: Strategy) -> None:
 def is_possible(node: Node, name: str) -> bool:
     if name == "pod_ends":
         return bool(node.pods)
+    if name == "reconfigure":
+        return node.world.options.strategy is Strategy.MIXED
     if name == "that_read_ends":
         return node.reading is not None
     if name == "agent_restarts":
