@@ -233,13 +233,14 @@ def _use(
     world: World, entries: Entries, held: AbstractSet[Key]
 ) -> Mapping[GpuUuid, Mapping[ResourceName, int]]:
     """How many ids of which resource are held on each GPU."""
-    devices = () if world.inventory is None else world.inventory.devices()
-    gpus = {device.uuid: gpu.uuid for gpu, device in devices}
+    gpus: dict[DeviceId, GpuUuid] = {}
+    if world.inventory is not None:
+        gpus = {DeviceId(gpu.uuid): gpu.uuid for gpu in world.inventory.gpus}
+        gpus |= {device.uuid: gpu.uuid for gpu, device in world.inventory.devices()}
     use: dict[GpuUuid, dict[ResourceName, int]] = {}
     for resource, id_ in held:
         entry = entries.get(resource, {}).get(id_)
-        device = device_of(id_)
-        on = entry.device.gpu if entry is not None else gpus.get(device, GpuUuid(device))
+        on = (entry is not None and entry.device.gpu) or gpus.get(device_of(id_))
         if on:
             here = use.setdefault(on, {})
             here[resource] = here.get(resource, 0) + 1

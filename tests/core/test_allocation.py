@@ -2,9 +2,13 @@
 
 from dataclasses import replace
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given as examples
 
 from migplugin.core.allocation import (
+    CDI_ANNOTATIONS,
+    CDI_CRI,
     ENVVAR,
     MAX_DEVICES_IN_REQUEST,
     VOLUME_MOUNTS,
@@ -18,7 +22,7 @@ from migplugin.core.allocation import (
     edits,
 )
 from migplugin.core.inventory import DeviceId, GpuUuid
-from migplugin.core.resource import Device, ResourceName
+from migplugin.core.resource import GPU, Device, ResourceName
 from migplugin.errors import AllocationRefused
 
 MIG_1G = ResourceName("nvidia.com/mig-1g.5gb")
@@ -109,3 +113,54 @@ def test_nodes_are_named_once_the_control_nodes_first() -> None:
 def test_nodes_are_looked_for_under_the_host_s_root(root: str, host: str) -> None:
     granted = edits(MIG_1G, ["MIG-a"], replace(TWO, edits=EditOptions(pass_device_specs=True, dev_root=root)))
     assert granted.nodes[0] == DeviceNode(host, "/dev/nvidiactl")
+
+
+REPLICAS = Offers(
+    {
+        MIG_1G: Offer(
+            {DeviceId(f"MIG-{d}::{n}"): OfferedDevice(device(f"MIG-{d}")) for d in "ab" for n in "012"}
+        ),
+        GPU: Offer(
+            {
+                DeviceId("GPU-0"): OfferedDevice(device("GPU-0")),
+                DeviceId("GPU-1"): OfferedDevice(device("GPU-1")),
+            }
+        ),
+    },
+    one_replica_each=True,
+)
+
+
+def test_more_than_one_replica_can_be_refused() -> None:
+    assert edits(MIG_1G, ["MIG-a::2"], REPLICAS).envs == {"NVIDIA_VISIBLE_DEVICES": "MIG-a"}
+    assert check(GPU, ["GPU-0", "GPU-1"], REPLICAS)
+    assert check(MIG_1G, ["MIG-a::0", "MIG-a::1"], replace(REPLICAS, one_replica_each=False))
+    with pytest.raises(AllocationRefused) as caught:
+        check(MIG_1G, ["MIG-a::0", "MIG-a::1", "MIG-b::0"], REPLICAS)
+    assert str(caught.value) == (
+        "nvidia.com/mig-1g.5gb: maximum request size for shared resources is 1; found 3; "
+        "request one nvidia.com/mig-1g.5gb, or set failRequestsGreaterThanOne to false"
+    )
+
+
+@examples(
+    ids=st.lists(
+        st.text(max_size=9) | st.sampled_from(["MIG-a::0", "MIG-b::1", "MIG-a", "::", "MIG-a::"]), max_size=5
+    ),
+    strategies=st.frozensets(st.sampled_from([ENVVAR, VOLUME_MOUNTS, CDI_ANNOTATIONS, CDI_CRI]), min_size=1),
+    by=st.sampled_from(["uuid", "index"]),
+)
+def test_whatever_is_asked_the_answer_is_full_or_a_refusal_on_one_line(
+    ids: list[str], strategies: frozenset[str], by: str
+) -> None:
+    options = EditOptions(strategies, device_id_strategy=by)
+    try:
+        given = edits(MIG_1G, ids, replace(REPLICAS, one_replica_each=False, edits=options))
+    except AllocationRefused as refused:
+        told = str(refused)
+    else:
+        told = ""
+        assert given.envs or given.annotations or given.cdi_devices
+        assert set(ids) <= REPLICAS.resources[MIG_1G].devices.keys()
+    assert told.startswith("nvidia.com/mig-1g.5gb: ") or not told
+    assert "\n" not in told

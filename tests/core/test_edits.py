@@ -84,3 +84,11 @@ def test_the_runtime_is_asked_for_features_also_where_cdi_is_alone(strategy: str
         "NVIDIA_GDS": "enabled",
         "NVIDIA_MOFED": "enabled",
     }
+
+
+@pytest.mark.parametrize("strategies", ALL, ids="+".join)
+def test_replicas_of_one_device_are_that_device(strategies: tuple[str, ...]) -> None:
+    shown = {DeviceId(f"{d.id}::{n}"): OfferedDevice(d) for d in (A, B) for n in range(3)}
+    offers = replace(OFFERS, resources={MIG: Offer(shown)}, edits=EditOptions(frozenset(strategies)))
+    given = edits(MIG, ("MIG-b::2", "MIG-a::0", "MIG-b::0", "MIG-a::1"), offers, "token")
+    assert given == answer(*strategies)
