@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PROTOS := deviceplugin/v1beta1/api.proto podresources/v1/api.proto
 LOCK := uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate
 
-.PHONY: help setup demo test check bench package image fmt protos locks lock-upgrade readme clean
+.PHONY: help setup demo test check manifests bench package image fmt protos locks lock-upgrade readme clean
 .DEFAULT_GOAL := help
 
 help: ## what each target does
@@ -34,6 +34,10 @@ check: $(STAMP) ## ruff, mypy, import layers, stubs, locks, settings table
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python .ci/generated.py
+
+manifests: $(STAMP) ## render and judge manifests and chart (fetches helm, kubectl and schemas into .tools)
+	@.ci/tools
+	$(BIN)/python -m pytest tests/manifests tests/e2e
 
 bench: $(STAMP) ## measure beside a floor: JSON in bench-results/ and a table
 	$(BIN)/python -m benchmarks
@@ -67,4 +71,4 @@ readme: $(STAMP) ## write the settings table of README.md from settings.py
 	@$(BIN)/python .ci/generated.py --write-readme
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build dist bench-results .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .tools build dist bench-results .mypy_cache .ruff_cache .pytest_cache .hypothesis
