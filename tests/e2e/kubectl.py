@@ -139,7 +139,8 @@ class RealCluster:
 def _choose(nodes: Document) -> str:
     for node in nodes["items"]:
         taints = [taint["key"] for taint in node["spec"].get("taints", []) if taint["key"] != TAINT]
-        gpus = [name for name in node["status"]["allocatable"] if name == "nvidia.com/gpu"]
+        shown = node["status"]["allocatable"].items()
+        gpus = [name for name, count in shown if name.startswith("nvidia.com/") and count != "0"]
         if not taints and not gpus and not node["spec"].get("unschedulable"):
             return str(node["metadata"]["name"])
     raise AssertionError("no node without a taint and without GPUs; name one by MIGPLUGIN_E2E_NODE")

@@ -117,6 +117,11 @@ class StandIn:
         self._agent: Process | None = None
         self._pods: dict[str, Pod] = {}
 
+    @property
+    def names(self) -> list[str]:
+        """The pods that are there, but the agent's."""
+        return list(self._pods)
+
     async def apply(self, manifests: list[Document]) -> None:
         kinds = {document["kind"]: document for document in manifests}
         config = kinds["ConfigMap"]
