@@ -172,6 +172,8 @@ def fold(
         sickness = _rest(before, scene, gpus)
         if _is_over(sickness, inventory, gpus):
             well = "gone or made anew"
+        elif not any(checks.make_sick(xid(code)) for code in sickness.xids):
+            well = "no longer checked for"
         elif well := _recovery(sickness, scene, health.lost, recovery_after):
             recovered[id_] = Recovery(scene.now, sickness)
         else:

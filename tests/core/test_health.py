@@ -352,3 +352,11 @@ def test_checks_that_are_all_off_hear_no_signs() -> None:
     run = Run(checks=Checks(disabled=None, signs=False))
     run.step(see=saying(1))
     assert run.unfit() == set()
+
+
+def test_what_was_remembered_and_is_no_longer_checked_for_is_forgotten() -> None:
+    run = Run(fault(SEVENTHS, 79), fault(ASSORTED, 48))
+    run.checks = Checks(disabled=frozenset({79}))
+    run.step()
+    assert run.unfit() == everything_on(ASSORTED)
+    assert "no longer checked for" in run.changes[-1].reason
