@@ -213,15 +213,24 @@ class _Nearest:
         return self._nearness([*self.chosen, *mine]), self._nearness(rest)
 
     def _one_by_one(self, missing: int) -> list[DeviceId]:
-        """Near enough where the sets are too many: each time the one that is nearest to those so far."""
-        left, chosen = list(self.free), list(self.chosen)
-        if not chosen:
-            chosen.append(left.pop(0))
-        while len(chosen) - len(self.chosen) < missing:
-            nearest = max(left, key=lambda device: sum(self._pair(device, other) for other in chosen))
-            left.remove(nearest)
-            chosen.append(nearest)
-        return [device.id for device in chosen[len(self.chosen) :]]
+        """Near enough where the sets are too many: each time the one that is nearest to those so far.
+
+        With nothing to begin with, of whatever beginning comes out best.
+        """
+        begun = [[]] if self.chosen else [[device] for device in self.free]
+        found = max((self._grown(taken, missing) for taken in begun), key=self._nearness)
+        return [device.id for device in found]
+
+    def _grown(self, taken: list[Device], missing: int) -> list[Device]:
+        left = [device for device in self.free if device not in taken]
+        near = [sum(self._pair(device, other) for other in [*self.chosen, *taken]) for device in left]
+        while len(taken) < missing:
+            number = near.index(max(near))
+            nearest = left.pop(number)
+            del near[number]
+            near = [worth + self._pair(device, nearest) for worth, device in zip(near, left, strict=True)]
+            taken = [*taken, nearest]
+        return taken
 
     def _nearness(self, devices: list[Device]) -> int:
         return sum(self._pair(one, other) for one, other in combinations(devices, 2))

@@ -42,6 +42,7 @@ RECOVERY_ACTION, REMAP_PENDING, REMAP_FAILED = 230, 144, 145  # fields of nvmlDe
 WHOLE = 0xFFFFFFFF  # a GI or CI id that says: not one instance but all of them
 LAST_KNOWN_GI_PROFILE = 0x11
 LAST_KNOWN_CI_PROFILE = 8
+NVLINKS = 18  # of one GPU at most
 SLOTS_UNTOLD = 16  # MIG devices that are looked for where the driver does not say how many there can be
 END_OF_PROFILES = 64  # a driver that never says where its profiles end is not asked for ever
 
@@ -210,6 +211,26 @@ def pci_address(handle: Handle) -> str:
     text = str(call("nvmlDeviceGetPciInfo", handle).busId).lower()
     domain, _, rest = text.partition(":")
     return f"{int(domain, 16):04x}:{rest}"
+
+
+def common_ancestor(one: Handle, other: Handle) -> int:
+    """How far up two GPUs meet, as an NVML_TOPOLOGY level: 0 is one board, 50 another CPU."""
+    return int(call("nvmlDeviceGetTopologyCommonAncestor", one, other))
+
+
+def nvlinked(handle: Handle) -> list[str]:
+    """The PCI address at the other end of each NVLink that is up: of a GPU, or of a switch."""
+    found = []
+    try:
+        for link in range(NVLINKS):
+            if call("nvmlDeviceGetNvLinkState", handle, link) == pynvml.NVML_FEATURE_ENABLED:
+                end = call("nvmlDeviceGetNvLinkRemotePciInfo", handle, link)
+                # By its numbers: what the driver writes of an end that it cannot see need be no address.
+                found.append(f"{end.domain:04x}:{end.bus:02x}:{end.device:02x}.0")
+    except DriverError as exc:
+        if exc.code not in {*ABSENT, Code.INVALID_ARGUMENT}:
+            raise
+    return found
 
 
 def memory_bytes(handle: Handle) -> int:

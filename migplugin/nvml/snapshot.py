@@ -31,6 +31,7 @@ from migplugin.nvml import binding
 from migplugin.nvml.binding import Attributes, GiInfo, GiProfileInfo, Handle
 from migplugin.nvml.capabilities import Capabilities, control_nodes, numa_node
 from migplugin.nvml.codes import ABSENT, GONE, LOST, Code
+from migplugin.nvml.links import Links
 
 log = logging.getLogger(__name__)
 
@@ -99,16 +100,19 @@ class Snapshots:
         self._dev_root = dev_root
         self._fixed: dict[tuple[GpuUuid, bool | None], _Fixed] = {}
         self._uuids: dict[int, GpuUuid] = {}
+        self._links = Links()
 
     def forget(self) -> None:
         """A new session may be one with another driver. Which GPU had which index is kept, for lost ones."""
         self._fixed.clear()
+        self._links.forget()
         self._capabilities.forget()
 
     def take(self) -> Look:
         """Raises DriverError where the driver as a whole does not answer."""
         version = binding.driver_version()
         gpus: list[Gpu] = []
+        handles: list[Handle] = []
         broken: list[tuple[int, GpuUuid | None, DriverError]] = []
         disagreements: set[tuple[GpuUuid, int, int]] = set()
         hidden = refused = False
@@ -122,6 +126,7 @@ class Snapshots:
                 broken.append((index, uuid, exc))
                 continue
             gpus.append(gpu)
+            handles.append(handle)
             if gpu.mig_enabled:
                 seen = self._capabilities.seen(gpu.minor)
                 listed = {(device.gi, device.ci) for device in gpu.devices}
@@ -139,6 +144,7 @@ class Snapshots:
             ),
             control_nodes=control_nodes(self._dev_root),
             unreadable=tuple(self._unreadable(gpus, refused=refused)),
+            links=self._links.between(list(zip(gpus, handles, strict=True))),
         )
         return Look(inventory, frozenset(disagreements), hidden)
 

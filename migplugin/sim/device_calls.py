@@ -18,6 +18,9 @@ EXPORTS = Exports()
 BRAND_NVIDIA = 14
 ARCHITECTURES = {"ampere": 7, "hopper": 9, "blackwell": 10}
 
+TOPOLOGY_INTERNAL, TOPOLOGY_NODE, TOPOLOGY_SYSTEM = 0, 40, 50
+NVLINKS = 18  # NVML_NVLINK_MAX_LINKS of the drivers that are simulated
+
 FIELD_RESETLESS_MIG = 184
 FIELD_MIG_QUERY_CAPABLE = 199
 _VALUE_UINT = 1
@@ -110,7 +113,42 @@ def serial(call: Call, device: int | None, buffer: int | None, length: int) -> N
 
 @EXPORTS.add("nvmlDeviceGetPciInfo nvmlDeviceGetPciInfo_v2 nvmlDeviceGetPciInfo_v3", HANDLE, POINTER)
 def pci_info(call: Call, device: int | None, out: int | None) -> None:
-    gpu = call.gpu(device, otherwise=Code.NOT_SUPPORTED)
+    _put_pci_info(call, call.gpu(device, otherwise=Code.NOT_SUPPORTED), out)
+
+
+@EXPORTS.add("nvmlDeviceGetTopologyCommonAncestor", HANDLE, HANDLE, POINTER)
+def topology_common_ancestor(call: Call, one: int | None, other: int | None, out: int | None) -> None:
+    gpu, peer = call.gpu(one, otherwise=Code.NOT_SUPPORTED), call.gpu(other, otherwise=Code.NOT_SUPPORTED)
+    if gpu.index == peer.index:
+        call.put(out, TOPOLOGY_INTERNAL)
+    else:
+        call.put(out, TOPOLOGY_NODE if gpu.numa == peer.numa else TOPOLOGY_SYSTEM)
+
+
+@EXPORTS.add("nvmlDeviceGetNvLinkState", HANDLE, UINT, POINTER)
+def nvlink_state(call: Call, device: int | None, link: int, out: int | None) -> None:
+    call.put(out, int(link < len(_nvlinks(call, device, link))))
+
+
+@EXPORTS.add("nvmlDeviceGetNvLinkRemotePciInfo_v2", HANDLE, UINT, POINTER)
+def nvlink_remote_pci_info(call: Call, device: int | None, link: int, out: int | None) -> None:
+    ends = _nvlinks(call, device, link)
+    if link >= len(ends):
+        call.refuse(Code.NOT_SUPPORTED, f"link {link} is down")
+    _put_pci_info(call, ends[link], out)
+
+
+def _nvlinks(call: Call, device: int | None, link: int) -> list[Gpu]:
+    """The other ends of a GPU's links, of which `link` can be one."""
+    ends = call.gpu(device, otherwise=Code.NOT_SUPPORTED).nvlinks
+    if not ends:
+        call.refuse(Code.NOT_SUPPORTED, "a GPU without NVLink")
+    if link >= NVLINKS:
+        call.refuse(Code.INVALID_ARGUMENT, f"no link {link}")
+    return ends
+
+
+def _put_pci_info(call: Call, gpu: Gpu, out: int | None) -> None:
     info = call.struct(out, PciInfo)
     info.domain, info.bus, info.device = 0, gpu.pci_bus, 0
     info.pci_device_id = int(gpu.product.pci_device_ids[0], 16)

@@ -115,6 +115,15 @@ class Gpu:
         return 2 * self.index // len(self.node.record.gpus)
 
     @property
+    def nvlinks(self) -> list["Gpu"]:
+        """The GPU at the other end of each NVLink that is up."""
+        ends = []
+        for one, other, count in self.node.switches.nvlinks:
+            if self.index in {one, other}:
+                ends += [self.node.gpus[other if self.index == one else one]] * count
+        return ends
+
+    @property
     def instances(self) -> list[GiRecord]:
         return self.record.instances
 

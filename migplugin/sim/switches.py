@@ -6,12 +6,14 @@ separated by commas.
 
 import difflib
 import json
+from collections import Counter
 from typing import Any
 
 import msgspec
 
 from migplugin.errors import InputError
 from migplugin.sim.abi import EXPORTS
+from migplugin.sim.device_calls import NVLINKS
 from migplugin.sim.files import GPUS
 from migplugin.sim.model import Node
 from migplugin.sim.records import Switches
@@ -35,6 +37,7 @@ MEANING = {
     "minors": "device minor of each GPU by index; empty: the index",
     "pci_order": "descending: the first index has the highest bus address",
     "numa": "NUMA node of each GPU by index, -1 for none; empty: half of them on node 0, the rest on 1",
+    "nvlinks": "NVLinks between GPUs by index, as JSON: [[0, 3, 4], [1, 2, 4]] for two pairs of four links",
     "driver_loaded": "off: nvmlInit answers DRIVER_NOT_LOADED, and the driver's files are gone",
     "driver_version": "what the driver says it is",
     "cost": 'seconds that calls take, as JSON: {"*": 0.001, "nvmlGpuInstanceDestroy": 1}',
@@ -49,7 +52,7 @@ def set_switch(node: Node, name: str, text: str) -> None:
     if name not in MEANING:
         raise InputError(f"no switch is called {name!r}; {_hint(name, MEANING)}")
     try:
-        value = _parse(getattr(Switches(), name), text)
+        value = json.loads(text or "[]") if name == "nvlinks" else _parse(getattr(Switches(), name), text)
         changed = msgspec.convert({**msgspec.to_builtins(node.switches), name: value}, Switches)
         _check(node, name, getattr(changed, name))
     except (ValueError, msgspec.ValidationError) as exc:
@@ -80,12 +83,24 @@ def _check(node: Node, name: str, value: Any) -> None:
         minors = [*value, *range(len(value), len(node.gpus))]
         if len(set(minors)) < len(minors) or not set(minors) <= set(range(GPUS)):
             raise ValueError(f"minors must be different numbers from 0 to {GPUS - 1}, and would be {minors}")
+    if name == "nvlinks":
+        _check_nvlinks(value, len(node.gpus))
     if name == "gi_ids" and value != node.switches.gi_ids and any(gpu.instances for gpu in node.gpus):
         raise ValueError("there are GPU instances, and their ids would clash with new ones")
     if name in {"missing_symbols", "hang", "fail", "cost"}:
         for symbol in value:
             if symbol not in EXPORTS and not (symbol == "*" and name in {"hang", "cost"}):
                 raise ValueError(f"the library has no {symbol!r}; {_hint(symbol, EXPORTS)}")
+
+
+def _check_nvlinks(nvlinks: list[tuple[int, int, int]], gpus: int) -> None:
+    used: Counter[int] = Counter()
+    for one, other, count in nvlinks:
+        if one == other or not {one, other} <= set(range(gpus)) or count < 1:
+            raise ValueError(f"[{one}, {other}, {count}] is not two of {gpus} GPUs and a number of links")
+        used += Counter({one: count, other: count})
+    if max(used.values(), default=0) > NVLINKS:
+        raise ValueError(f"a GPU has at most {NVLINKS} links")
 
 
 def _hint(name: str, known: "dict[str, Any]") -> str:

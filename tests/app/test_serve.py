@@ -212,6 +212,20 @@ async def test_devices_of_one_pod_are_packed_on_one_gpu(machine: Start) -> None:
     assert held in on
 
 
+async def test_whole_gpus_of_one_pod_are_those_with_links_between_them(machine: Start) -> None:
+    # With any other policy the kubelet asks only about the GPUs of the NUMA node that it chose.
+    node = await machine("4xa100-40gb", topology_policy="none")
+    node.change(lambda made: setattr(made.switches, "nvlinks", [(0, 3, 4), (1, 2, 4)]))
+    await node.serve()
+    await node.until(lambda k: k.allocatable("nvidia.com/gpu") == 4)
+    uuids = [gpu.uuid for gpu in node.store.read().gpus]
+    held = []
+    for name in ("one", "other"):
+        status = await node.kubelet.admit(pod(name, "nvidia.com/gpu", 2))
+        held.append({uuids.index(id_) for id_ in status.containers["main"].device_ids["nvidia.com/gpu"]})
+    assert held == [{0, 3}, {1, 2}]
+
+
 @pytest.mark.parametrize("strategy", ["none", "single"])
 async def test_strategies_decide_what_nvidia_com_gpu_is(machine: Start, strategy: str) -> None:
     node = await machine("1xa100-40gb,1xa100-40gb=1g.5gb*7")

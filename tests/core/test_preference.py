@@ -245,6 +245,14 @@ def test_many_linked_gpus_are_chosen_one_by_one() -> None:
     assert sorted(with_must) == sorted(f"GPU-{n}" for n in range(1, 16, 2))
 
 
+def test_many_gpus_whose_links_tell_only_their_nodes_are_taken_from_one_node() -> None:
+    many = [whole(n, n // 8) for n in range(16)]
+    links = {(a.gpu, b.gpu): 20 if a.numa_node == b.numa_node else 10 for a, b in combinations(many, 2)}
+    shown = replace(offers(*many), links=links)
+    free = [f"GPU-{n}" for n in range(16) if n not in {1, 3, 5}]
+    assert sorted(prefer(MIG_1G, free, (), 6, shown)) == sorted(f"GPU-{n}" for n in range(8, 14))
+
+
 @given(
     links=st.dictionaries(
         st.tuples(st.sampled_from("012345"), st.sampled_from("012345")), st.integers(-5, 900)

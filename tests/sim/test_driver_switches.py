@@ -16,7 +16,7 @@ from migplugin.sim.records import Failure, Process, Switches
 from migplugin.sim.switches import MEANING, set_switch
 from tests.sim.driver_fixtures import A100, create, driver, gpu_instances, placements, refused
 
-NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND, UNKNOWN = 3, 4, 6, 999
+INVALID_ARGUMENT, NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND, UNKNOWN = 2, 3, 4, 6, 999
 
 
 def test_sparse_indices_have_gaps_and_stay_where_they_are() -> None:
@@ -273,6 +273,35 @@ def test_minors_and_bus_addresses_need_not_follow_the_index() -> None:
         assert [list(pynvml.nvmlDeviceGetMemoryAffinity(d.gpu(i), 1, 0)) for i in range(2)] == [[2], [0]]
 
 
+def test_gpus_of_one_numa_node_meet_there_and_others_nowhere_nearer_than_the_system() -> None:
+    with driver("3xa100-40gb", numa=[0, 1, 0]) as d:
+        gpus = [d.gpu(i) for i in range(3)]
+        levels = [pynvml.nvmlDeviceGetTopologyCommonAncestor(gpus[0], gpu) for gpu in gpus]
+        assert levels == [
+            pynvml.NVML_TOPOLOGY_INTERNAL,
+            pynvml.NVML_TOPOLOGY_SYSTEM,
+            pynvml.NVML_TOPOLOGY_NODE,
+        ]
+
+
+def test_nvlinks_end_at_the_gpus_that_the_switch_names() -> None:
+    with driver("3xa100-40gb", nvlinks=[(0, 2, 2)]) as d:
+        states = [pynvml.nvmlDeviceGetNvLinkState(d.gpu(0), link) for link in range(18)]
+        assert states == [1, 1, *[0] * 16]
+        for gpu, other in ((0, 2), (2, 0)):
+            end = pynvml.nvmlDeviceGetNvLinkRemotePciInfo(d.gpu(gpu), 1)
+            assert end.busId == pynvml.nvmlDeviceGetPciInfo(d.gpu(other)).busId
+        assert refused("nvmlDeviceGetNvLinkRemotePciInfo", d.gpu(0), 2) == NOT_SUPPORTED
+        assert refused("nvmlDeviceGetNvLinkState", d.gpu(0), 18) == INVALID_ARGUMENT
+        assert refused("nvmlDeviceGetNvLinkState", d.gpu(1), 0) == NOT_SUPPORTED, "it has no link at all"
+
+
+def test_a_mig_device_has_neither_a_place_on_the_bus_nor_links() -> None:
+    with driver("2xa100-40gb=1g.5gb") as d:
+        assert refused("nvmlDeviceGetTopologyCommonAncestor", d.gpu(1), d.mig()) == NOT_SUPPORTED
+        assert refused("nvmlDeviceGetNvLinkState", d.mig(), 0) == NOT_SUPPORTED
+
+
 def test_legacy_uuids_name_gpu_and_instances() -> None:
     with driver("1xa100-40gb=1c.3g.20gb*2", uuid_format="legacy") as d:
         gpu = pynvml.nvmlDeviceGetUUID(d.gpu())
@@ -300,6 +329,8 @@ def test_every_switch_has_a_meaning_and_every_meaning_a_switch() -> None:
         ("v2_profile_info", "false", False),
         ("minors", "1,0", [1, 0]),
         ("numa", "-1,1", [-1, 1]),
+        ("nvlinks", "[[0, 1, 4]]", [(0, 1, 4)]),
+        ("nvlinks", "", []),
         (
             "missing_symbols",
             "nvmlDeviceGetName, nvmlDeviceGetUUID",
@@ -327,6 +358,12 @@ def test_switch_is_set_from_text(name: str, text: str, value: object) -> None:
         ("minors", "0,1,2", "3 numbers for 2 GPUs"),
         ("minors", "1", "would be [1, 1]"),
         ("minors", "a,b", "minors"),
+        ("nvlinks", "[[0, 2, 4]]", "[0, 2, 4] is not two of 2 GPUs"),
+        ("nvlinks", "[[1, 1, 4]]", "[1, 1, 4] is not two"),
+        ("nvlinks", "[[0, 1, 0]]", "a number of links"),
+        ("nvlinks", "[[0, 1, 9], [1, 0, 10]]", "at most 18"),
+        ("nvlinks", "[[0, 1]]", "nvlinks"),
+        ("nvlinks", "0-1", "nvlinks"),
         ("gi_ids", "swapped", "there are GPU instances"),
         ("hang", "nvmlDeviceGetNam", "did you mean 'nvmlDeviceGetName'?"),
         ("fail", '{"nvmlDeviceGetName": 999}', "fail"),
