@@ -122,6 +122,8 @@ def _plain(node: yaml.Node, path: str, findings: list[str], source: str, depth: 
             _plain(item, f"{path}[{number}]", findings, source, depth + 1)
             for number, item in enumerate(node.value)
         ]
+    if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and ":" in node.value:
+        return node.value  # YAML 1.1 reads 1:0, a MIG device, as sixty
     try:
         return yaml.SafeLoader("").construct_object(node)
     except (yaml.YAMLError, ValueError) as exc:

@@ -169,3 +169,9 @@ def test_any_file_is_a_document_or_one_clear_line(content: object) -> None:
     except InputError as exc:
         assert str(exc)  # noqa: PT017
         assert "\n" not in str(exc)  # noqa: PT017
+
+
+def test_a_mig_index_is_not_read_as_a_number_to_base_sixty() -> None:
+    text = b"sharing: {timeSlicing: {resources: [{devices: [1:0, 0:1, 12:30:45, 2]}]}}"
+    (resource,) = configfile.parse(text, "file").sharing["timeSlicing"]["resources"]
+    assert resource["devices"] == ["1:0", "0:1", "12:30:45", 2]

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from migplugin.aio import Cell, first_of
 from migplugin.control.ports import Driver, HealthRecord, Preparation, UsageSource
 from migplugin.core.allocation import Offers, granted
-from migplugin.core.decide import Key, Memory, Options, Outcome, Usage, World, decide
+from migplugin.core.decide import LEASE_CERTAIN_AFTER, Key, Memory, Options, Outcome, Usage, World, decide
 from migplugin.core.health import Fault
 from migplugin.core.inventory import DeviceId, Inventory
 from migplugin.core.resource import ResourceName
@@ -80,6 +80,7 @@ class Reconciler:
         self._faults_at: float | None = None
         self._faults_soonest = clock()
         self._reading: asyncio.Future[Usage] | None = None
+        self._leases_looked_for: asyncio.TimerHandle | None = None
 
     def grant(self, resource: ResourceName, ids: Collection[DeviceId]) -> None:
         """Remembers that Allocate has just handed out `ids`. There is no await between its check and this."""
@@ -89,6 +90,15 @@ class Reconciler:
         self._leases.update(((resource, id_), now) for id_ in ids)
         if new:
             self.offers.set(granted(self.offers.value, resource, new))
+        if self._leases_looked_for is None:
+            loop = asyncio.get_running_loop()
+            self._leases_looked_for = loop.call_later(LEASE_CERTAIN_AFTER, self._look_for_leases)
+
+    def _look_for_leases(self) -> None:
+        """Who holds what is read once the first of new leases can be seen; decisions ask for the others."""
+        self._leases_looked_for = None
+        self._usage_wanted = True
+        self._wake.set()
 
     def reconfigure(self, options: Options, pace: Pace) -> None:
         """From the next decision on, which is made at once, everything goes by `options` and `pace`."""
@@ -126,6 +136,9 @@ class Reconciler:
                 await self._wait()
                 await self._step(usage_within=USAGE_WITHIN)
         finally:
+            if self._leases_looked_for is not None:
+                self._leases_looked_for.cancel()
+                self._leases_looked_for = None
             if self._reading is not None:
                 self._reading.cancel()
                 self._reading = None

@@ -14,7 +14,7 @@ to the kubelet and its pods (DESIGN 5):
 What faults make sick is told by `health` and shown here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -214,7 +214,7 @@ def decide(world: World) -> Outcome:
         memory,
         ended,
         _wake_at(world, entries, emptied, health),
-        _usage_at(world, entries, health),
+        _usage_at(world, entries, health, [answered for _, answered in unseen]),
         healths.look_at(health, world.looked) if world.driver_failed is None else None,
         warnings,
         changes,
@@ -504,17 +504,20 @@ def _wake_at(
     return min((moment for moment in moments if moment > world.now), default=None)
 
 
-def _usage_at(world: World, entries: Entries, health: Health) -> float | None:
+def _usage_at(world: World, entries: Entries, health: Health, leases: Collection[float]) -> float | None:
     """When to ask again who holds what: only while something waits to leave, or to get well if nobody has it,
-    and never faster than every 2 s.
+    or leases, by the time of our answer, wait to end; and never faster than every 2 s.
 
     Soon after a change, seldom when a pod goes on holding what is gone, and at once when one falls due.
     """
-    vanished = _vanished(entries)
-    waiting = [*vanished, *healths.awaits_release(health, world.options.health_recovery_after).values()]
-    if not waiting:
-        return None
-    began = world.usage.began
-    pause = min(max((world.now - max(waiting)) / 2, USAGE_SOONEST), USAGE_LATEST)
+    began, vanished = world.usage.began, _vanished(entries)
     due = [since + world.options.removal_delay for since in vanished]
-    return max(began + USAGE_SOONEST, min([began + pause, *(moment for moment in due if moment > began)]))
+    due += [answered + LEASE_CERTAIN_AFTER for answered in leases]
+    moments = [moment for moment in due if moment > began]
+    waiting = [*vanished, *healths.awaits_release(health, world.options.health_recovery_after).values()]
+    if waiting:
+        moments.append(began + min(max((world.now - max(waiting)) / 2, USAGE_SOONEST), USAGE_LATEST))
+    if any(answered + LEASE_CERTAIN_AFTER <= began for answered in leases):
+        # It was looked for in vain once, or a source was silent.
+        moments.append(began + (USAGE_SOONEST if world.usage.complete else USAGE_LATEST))
+    return max(began + USAGE_SOONEST, min(moments)) if moments else None

@@ -73,3 +73,34 @@ async def test_hangup_without_a_file_changes_nothing(machine: Start) -> None:
     node.change(lambda made: made.gpus[0].create("2g.10gb"))
     await node.until(lambda _: node.allocatable("2g.10gb") == 1)
     assert await agent.end() == 0
+
+
+async def test_sharing_and_names_of_the_file_are_served_and_change_under_a_pod(
+    machine: Start, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.yaml"
+    shared = "sharing: {timeSlicing: {resources: [{name: small, replicas: 4}]}}"
+    names = 'resources: {mig: [{pattern: "1g.*", name: small}]}'
+    small = "nvidia.com/small"
+    file.write_text(names)
+    node = await machine("1xa100-40gb=1g.5gb*3:3g.20gb")
+    agent = await node.serve(f"--config-file={file}", "--removal-delay=500ms")
+    await node.until(lambda k: k.allocatable(small) == 3)
+    await agent.until_said("naming")
+    status = await node.kubelet.admit(Pod("whole", (Container("c", {small: 1}),)))
+    (held,) = status.containers["c"].device_ids[small]
+    file.write_text(f"{names}\n{shared}")
+    await node.until(lambda k: sum("::" in id_ for id_ in k.devices(small)) == 12)
+    await node.until(lambda k: k.allocatable(small) == 8)
+    await node.until(lambda k: len(k.devices(small)) == 13)
+    devices = node.kubelet.devices(small)
+    assert {id_ for id_, health in devices.items() if health == "Unhealthy"} == {
+        held,
+        *(f"{held}::{n}" for n in range(4)),
+    }
+    shared_by_two = await node.kubelet.admit(Pod("shared", (Container("c", {small: 2}),)))
+    ids = shared_by_two.containers["c"].device_ids[small]
+    assert shared_by_two.containers["c"].envs["NVIDIA_VISIBLE_DEVICES"].split(",") == [
+        id_.partition("::")[0] for id_ in ids
+    ]
+    assert len({id_.partition("::")[0] for id_ in ids}) == 2, "distributed"

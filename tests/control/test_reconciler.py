@@ -6,10 +6,13 @@ from collections.abc import Callable
 
 import pytest
 
+from migplugin.control import reconciler as reconciler_module
 from migplugin.control.reconciler import FAULTS_AGAIN, Pace, Reconciler
 from migplugin.core.decide import Options, Source, Usage
 from migplugin.core.health import Fault
 from migplugin.core.inventory import Inventory
+from migplugin.core.resource import of_profile
+from migplugin.core.sharing import Shared, TimeSlicing
 from migplugin.errors import DriverError
 from tests.core.examples import ASSORTED, SEVENTHS, inventory
 
@@ -140,3 +143,46 @@ async def until(claim: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
         while not claim():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
+
+
+async def test_what_is_granted_is_in_use_at_once_and_counted_once() -> None:
+    reconciler = Reconciler(Told(), Nobody(), Options(), Pace())
+    await reconciler.first()
+    version, before = reconciler.offers.version, reconciler.offers.value
+    id_ = SEVENTHS.devices[0].uuid
+    for _ in range(2):
+        reconciler.grant(of_profile("1g.5gb"), [id_])
+    assert reconciler.offers.value.use == {SEVENTHS.uuid: {of_profile("1g.5gb"): 1}}
+    assert reconciler.offers.version == version + 1
+    assert reconciler.offers.value.resources is before.resources
+
+
+async def test_leases_are_looked_for_though_nothing_else_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconciler_module, "LEASE_CERTAIN_AFTER", 0.05)
+    usage = Silent()
+    usage.let.set()
+    reconciler = Reconciler(Told(), usage, Options(), Pace())
+    await reconciler.first()
+    running = asyncio.ensure_future(reconciler.run())
+    try:
+        reconciler.grant(of_profile("1g.5gb"), [SEVENTHS.devices[0].uuid])
+        await until(lambda: usage.asked >= 2)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_other_options_hold_at_once_and_without_a_look() -> None:
+    driver = Told()
+    reconciler = Reconciler(driver, Nobody(), Options(), Pace())
+    await reconciler.first()
+    running = asyncio.ensure_future(reconciler.run())
+    try:
+        sharing = TimeSlicing((Shared(of_profile("1g.5gb"), 3),))
+        reconciler.reconfigure(Options(sharing=sharing), Pace())
+        await until(lambda: len(reconciler.offers.value.resources[of_profile("1g.5gb")].fit) == 7)
+        await until(lambda: len(reconciler.offers.value.resources[of_profile("1g.5gb")].devices) == 28)
+        assert driver.looks == 1
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)

@@ -357,3 +357,23 @@ def test_every_replica_of_a_sick_device_is_unhealthy_and_no_other_is() -> None:
     assert run.times()[1] is None, "a pod has one of its replicas"
     run.step(now=20.0, usage=usage(20.0, (MIG_1G, "MIG-a::2")))
     assert run.times()[1] == 320.0
+
+
+def asked_again(run: Run) -> float | None:
+    return run.outcome.usage_at
+
+
+def test_leases_are_looked_for_until_they_end_and_not_in_a_spin_where_a_source_is_silent() -> None:
+    key = (MIG_1G, DeviceId("MIG-a"))
+    run = Run(inventory=ONE)
+    run.step(now=5.0, leases={key: 4.0})
+    assert asked_again(run) == 14.0
+    run.step(now=14.0, usage=usage(14.0))
+    assert asked_again(run) == 16.0
+    run.step(now=16.0, usage=replace(usage(16.0), checkpoint=Source.FAILED))
+    assert asked_again(run) == 46.0
+    run.step(now=46.0, usage=usage(46.0))
+    assert asked_again(run) is None
+    run.step(now=50.0, leases={key: 49.0})
+    run.step(now=59.0, usage=usage(59.0, key))
+    assert asked_again(run) is None, "it was seen"

@@ -242,3 +242,29 @@ async def test_a_directory_that_is_missing_is_named(short: Path) -> None:
     with pytest.raises(KubeletError, match=r"nowhere: no such directory"):
         await server.start()
     assert os.umask(0o022) == 0o022, "the umask is as it was"
+
+
+async def test_replicas_are_listed_and_chosen_by_their_own_ids_and_granted_as_their_device(
+    short: Path,
+) -> None:
+    shown = {
+        DeviceId(f"MIG-{d}::{n}"): OfferedDevice(device(f"MIG-{d}", numa=1)) for d in "ab" for n in range(3)
+    }
+    async with Served(short, Offers({MIG: Offer(shown)}), EditOptions()) as running:
+        stream = running.list_and_watch()
+        listed = await stream.read()
+        stream.cancel()
+        assert [d.ID for d in listed.devices] == sorted(shown)
+        assert {node.ID for d in listed.devices for node in d.topology.nodes} == {1}
+        request = api_pb2.PreferredAllocationRequest(
+            container_requests=[
+                api_pb2.ContainerPreferredAllocationRequest(
+                    available_deviceIDs=sorted(shown), allocation_size=2
+                )
+            ]
+        )
+        (chosen,) = (await running.stub.GetPreferredAllocation(request, timeout=5)).container_responses
+        assert list(chosen.deviceIDs) == ["MIG-a::0", "MIG-b::0"]
+        answer = await running.allocate("MIG-a::0", "MIG-b::0", "MIG-a::1")
+    assert dict(answer.envs) == {"NVIDIA_VISIBLE_DEVICES": "MIG-a,MIG-b"}
+    assert running.granted == ["MIG-a::0", "MIG-b::0", "MIG-a::1"]
