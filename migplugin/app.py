@@ -389,6 +389,7 @@ def _cdi_options(settings: Settings, where: Roots, files: DriverFiles) -> cdi.Op
         hook=hook,
         disabled_hooks=frozenset(settings.cdi_disable_hooks),
         by_index=settings.device_id_strategy == "index",
+        simulated=where.library is not None,
     )
 
 

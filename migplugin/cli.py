@@ -220,7 +220,8 @@ def main(words: Sequence[str] | None = None, name: str | None = None) -> None:
 def _one_line(exc: click.ClickException) -> str:
     """What click says in three lines, in the way of our own errors."""
     text = exc.format_message().rstrip(".")
-    text = text[:1].lower() + text[1:]
+    if text[1:2].islower():
+        text = text[:1].lower() + text[1:]
     ctx = exc.ctx if isinstance(exc, click.UsageError) else None
     return text if ctx is None else f"{text}; see {ctx.command_path} --help"
 

@@ -69,13 +69,17 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`driver_root` and `dev_root` are directories of the host; `hook` is the host's program, "" for none."""
+    """`driver_root` and `dev_root` are directories of the host; `hook` is the host's program, "" for none.
+
+    `simulated` leaves out what the runtime would make nodes by: the number is somebody else's on a real node.
+    """
 
     driver_root: str = "/"
     dev_root: str = "/"
     hook: str = ""
     disabled_hooks: frozenset[str] = frozenset()
     by_index: bool = False
+    simulated: bool = False
 
 
 def is_used(strategies: Collection[str]) -> bool:
@@ -205,7 +209,7 @@ def _capabilities(device: MigDevice, facts: Facts, options: Options) -> Iterator
     for minor, mode in ((device.gi_minor, device.gi_mode), (device.ci_minor, device.ci_mode)):
         assert minor is not None, "unresolvable() names such a device"
         node = _node(capability_path(minor), options)
-        if facts.caps_major is not None:
+        if facts.caps_major is not None and not options.simulated:
             node |= {
                 "type": "c",
                 "major": facts.caps_major,

@@ -200,3 +200,13 @@ def test_each_difference_is_named() -> None:
         "common: node /dev/nvidiactl: only here",
         "common: variable NVIDIA_CTK_LIBCUDA_DIR=/lib64: only here",
     ]
+
+
+def test_a_simulated_node_names_no_number_that_is_somebody_else_s_on_a_real_one() -> None:
+    real, painted = (
+        json.dumps(made(node_with(ASSORTED), options=cdi.Options(simulated=simulated)))
+        for simulated in (False, True)
+    )
+    assert '"major": 511' in real
+    assert "major" not in painted
+    assert "/dev/nvidia-caps/nvidia-cap" in painted
