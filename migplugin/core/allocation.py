@@ -37,14 +37,15 @@ class OfferedDevice:
 class Offer:
     """The devices shown under one resource now, by the ids they are shown under.
 
-    `fit` has the ids of each device that is Healthy. `revision` only makes two equal offers differ: a list
-    that is sent again makes the kubelet rewrite its checkpoint, which goes on naming deleted pods until
-    then (kubelet.md 4).
+    `fit` has the ids of each device that is Healthy, `fit_ids` all of them. `revision` only makes two equal
+    offers differ: a list that is sent again makes the kubelet rewrite its checkpoint, which goes on
+    naming deleted pods until then (kubelet.md 4).
     """
 
     devices: Mapping[DeviceId, OfferedDevice]
     revision: int = 0
     fit: Mapping[DeviceId, tuple[DeviceId, ...]] = field(init=False, repr=False, compare=False)
+    fit_ids: frozenset[DeviceId] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         ids: dict[DeviceId, list[DeviceId]] = {}
@@ -53,6 +54,7 @@ class Offer:
                 ids.setdefault(offered.device.id, []).append(id_)
         # Asked for with every preference and never changing: worked out once.
         object.__setattr__(self, "fit", {device: tuple(shown) for device, shown in ids.items()})
+        object.__setattr__(self, "fit_ids", frozenset(id_ for shown in ids.values() for id_ in shown))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ import heapq
 import math
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, islice
 from typing import TypeVar
 
 from migplugin.core.allocation import Offer, Offers
@@ -43,30 +44,32 @@ def prefer(
     missing = size - len(needed)
     if missing <= 0:
         return needed
-    free = set(available)
-    free.difference_update(needed)
     offer = offers.resources.get(resource) or Offer({})
-    room = _room(offer, free)
-    taken = _choose(resource, room, needed, missing, offer, offers)
+    # Ids are made, looked up and dropped one by one, which a set of thousands of them would not allow.
+    taken = set(offer.fit_ids.difference(available))
+    taken.update(offer.fit_ids.intersection(needed))
+    room = _room(offer, taken)
     chosen = list(needed)
-    for id_, count in taken.items():
-        chosen += _first(count, offer.fit[id_], free)
+    for id_, count in _choose(resource, room, needed, missing, offer, offers).items():
+        chosen += _first(count, offer.fit[id_], taken)
     if len(chosen) < size:
         # Only if there is not enough that is known.
-        chosen += sorted(free.difference(chosen))[: size - len(chosen)]
+        chosen += sorted(set(available).difference(chosen))[: size - len(chosen)]
     return tuple(chosen)
 
 
-def _room(offer: Offer, free: Collection[str]) -> dict[DeviceId, int]:
+def _room(offer: Offer, taken: AbstractSet[DeviceId]) -> dict[DeviceId, int]:
     """How many ids of each device are free, where any is, in the order of the offer."""
-    is_free = free.__contains__
-    counts = {id_: sum(map(is_free, ids)) for id_, ids in offer.fit.items()}
-    return {id_: count for id_, count in counts.items() if count}
+    if len(taken) < len(offer.fit_ids) / 4:
+        held = Counter(offer.devices[id_].device.id for id_ in taken)
+    else:
+        is_taken = taken.__contains__
+        held = Counter({id_: sum(map(is_taken, ids)) for id_, ids in offer.fit.items()})
+    return {id_: len(ids) - held[id_] for id_, ids in offer.fit.items() if len(ids) > held[id_]}
 
 
-def _first(count: int, ids: Iterable[DeviceId], free: Collection[str]) -> list[DeviceId]:
-    found = (id_ for id_ in ids if id_ in free)
-    return [id_ for _, id_ in zip(range(count), found, strict=False)]
+def _first(count: int, ids: Iterable[DeviceId], taken: AbstractSet[DeviceId]) -> list[DeviceId]:
+    return list(islice((id_ for id_ in ids if id_ not in taken), count))
 
 
 def _choose(
