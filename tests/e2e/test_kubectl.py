@@ -5,9 +5,6 @@ right order, and that the cluster is left as it was.
 """
 
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +15,6 @@ from tests.e2e.standin import NODE, StandIn, standing_in
 from tests.e2e.steps import story
 
 LABEL, TAINT = "migplugin/simulated=true", "migplugin/simulated:NoSchedule"
-
-
-@pytest.fixture
-def root() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(dir="/tmp", prefix="e2e-"))
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
 
 
 class Server:

@@ -1,9 +1,6 @@
 """The story of steps.py: on the stand-in kubelet always, on the cluster of KUBECONFIG if there is one."""
 
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,13 +8,6 @@ import pytest
 from tests.e2e.kubectl import RealCluster
 from tests.e2e.standin import standing_in
 from tests.e2e.steps import story
-
-
-@pytest.fixture
-def root() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(dir="/tmp", prefix="e2e-"))
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
 
 
 async def test_pods_of_the_shipped_manifests_have_their_devices_come_what_may(root: Path) -> None:
