@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOS := deviceplugin/v1beta1/api.proto podresources/v1/api.proto
+# Tests run against the built wheel, and from elsewhere: here `migplugin` would be this tree's.
+TESTED := build/tested
+PYTEST := cd $(TESTED) && MIGPLUGIN_TESTED=$(CURDIR)/$(TESTED) bin/python -m pytest --rootdir=../.. -c ../../pyproject.toml
 LOCK := uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate
 
 .PHONY: help setup demo test check manifests bench package image fmt protos locks lock-upgrade readme clean
@@ -25,8 +28,9 @@ $(STAMP): requirements-dev.lock pyproject.toml
 demo: $(STAMP) ## the main job on a simulated node with two A100, told with measured times
 	@$(BIN)/migplugin demo
 
-test: $(STAMP) ## all tests
-	$(BIN)/python -m pytest
+test: $(STAMP) ## all tests, against the built wheel
+	@.ci/tested
+	$(PYTEST) ../../tests
 
 check: $(STAMP) ## ruff, mypy, import layers, stubs, locks, settings table
 	$(BIN)/ruff check .
@@ -37,7 +41,8 @@ check: $(STAMP) ## ruff, mypy, import layers, stubs, locks, settings table
 
 manifests: $(STAMP) ## render and judge manifests and chart (fetches helm, kubectl and schemas into .tools)
 	@.ci/tools
-	$(BIN)/python -m pytest tests/manifests tests/e2e
+	@.ci/tested
+	$(PYTEST) ../../tests/manifests ../../tests/e2e
 
 bench: $(STAMP) ## measure beside a floor: JSON in bench-results/ and a table
 	$(BIN)/python -m benchmarks

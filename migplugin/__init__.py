@@ -1,3 +1,3 @@
 """migplugin: NVIDIA MIG on Kubernetes as a live resource."""
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
