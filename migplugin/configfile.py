@@ -6,7 +6,8 @@ served all the same. A wrong type is an error: then nothing of the file is taken
 """
 
 import difflib
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from migplugin.errors import InputError
 
 MAX_BYTES = 1 << 20  # a ConfigMap cannot be larger
 MAX_DEPTH = 20
+MAX_VALUES = (
+    10_000  # a file of 1 MiB can hold 500,000, and by aliases any number: minutes in which nobody is served
+)
 
 # What the file may hold, as a tree; None ends a path, and a list holds the shape of its items.
 SHAPE: Mapping[str, Any] = {
@@ -83,12 +87,17 @@ def read(path: Path, ours: tuple[str, ...] = ()) -> Document:
 def parse(content: bytes, source: str, ours: tuple[str, ...] = ()) -> Document:
     """The document in `content`. Raises InputError."""
     shape = {**SHAPE, "migplugin": dict.fromkeys(ours)}
+    # In C where PyYAML has it, as its wheels do: in Python 1 MiB takes half a minute.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        node = yaml.compose(content.decode(), Loader=yaml.SafeLoader)
+        text = content.decode()
+        for number, _ in enumerate(yaml.parse(text, Loader=loader)):
+            _count(number // 2, source)  # a list or mapping has a begin and an end
+        node = yaml.compose(text, Loader=loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as exc:
         raise InputError(f"{source}: not YAML or JSON: {_one_line(exc)}") from exc
     findings: list[str] = []
-    plain = {} if node is None else _plain(node, "", findings, source, 0)
+    plain = {} if node is None else _plain(node, "", findings, source, 0, itertools.count())
     if plain is None:
         plain = {}
     if not isinstance(plain, dict):
@@ -102,8 +111,16 @@ def parse(content: bytes, source: str, ours: tuple[str, ...] = ()) -> Document:
     return Document(source, values, plain.get("resources") or {}, plain.get("sharing") or {}, tuple(findings))
 
 
-def _plain(node: yaml.Node, path: str, findings: list[str], source: str, depth: int) -> Any:
+def _count(number: int, source: str) -> None:
+    if number > MAX_VALUES:
+        raise InputError(f"{source}: more than {MAX_VALUES} values, aliases as often as they are used")
+
+
+def _plain(
+    node: yaml.Node, path: str, findings: list[str], source: str, depth: int, seen: Iterator[int]
+) -> Any:
     """Python values of a YAML tree; a key that comes twice is a finding, and its last value counts."""
+    _count(next(seen), source)
     if depth > MAX_DEPTH:
         raise InputError(f"{source}: nested deeper than {MAX_DEPTH} levels at {path}")
     if isinstance(node, yaml.MappingNode):
@@ -115,11 +132,11 @@ def _plain(node: yaml.Node, path: str, findings: list[str], source: str, depth: 
             if key in result:
                 where = f"{source}:{_line(key_node)}: {_join(path, key)}"
                 findings.append(f"{where}: given twice, the last one counts")
-            result[key] = _plain(value_node, _join(path, key), findings, source, depth + 1)
+            result[key] = _plain(value_node, _join(path, key), findings, source, depth + 1, seen)
         return result
     if isinstance(node, yaml.SequenceNode):
         return [
-            _plain(item, f"{path}[{number}]", findings, source, depth + 1)
+            _plain(item, f"{path}[{number}]", findings, source, depth + 1, seen)
             for number, item in enumerate(node.value)
         ]
     if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and ":" in node.value:

@@ -151,6 +151,33 @@ def test_a_file_that_is_missing_or_too_large_is_named(tmp_path: Path) -> None:
         settings(tmp_path, "#" * (configfile.MAX_BYTES + 1))
 
 
+LAUGHS = ["a: &a0 [x,x,x,x,x,x,x,x,x]"]
+LAUGHS += [f"b{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n".join(LAUGHS),
+        "sharing:\n" + "- a\n" * 200_000,
+        "a: &a [*a]",
+        "[" * 500_000,
+        "a: '" + "x" * 500_000,
+    ],
+    ids=["aliases of aliases", "a long list", "an alias of itself", "deep", "never closed"],
+)
+def test_a_file_that_would_take_minutes_is_refused_at_once(text: str) -> None:
+    with pytest.raises(InputError) as refused:
+        configfile.parse(text.encode(), "a.yaml")
+    assert str(refused.value).startswith("a.yaml: ")
+    assert len(str(refused.value)) < 300
+
+
+def test_aliases_of_a_person_are_taken() -> None:
+    text = "flags: {plugin: &p {deviceIDStrategy: uuid}}\nsharing: {timeSlicing: {resources: []}}\nx: *p"
+    assert configfile.parse(text.encode(), "a.yaml").values == {"flags.plugin.deviceIDStrategy": "uuid"}
+
+
 _VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
