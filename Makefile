@@ -9,11 +9,11 @@ TESTED := build/tested
 PYTEST := cd $(TESTED) && MIGPLUGIN_TESTED=$(CURDIR)/$(TESTED) bin/python -m pytest --rootdir=../.. -c ../../pyproject.toml
 LOCK := uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate
 
-.PHONY: help setup demo test check manifests bench package image fmt protos locks lock-upgrade readme clean
+.PHONY: help setup demo test check manifests bench package image arm64 fmt protos locks lock-upgrade readme clean
 .DEFAULT_GOAL := help
 
 help: ## what each target does
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv from the lock file
 
@@ -52,6 +52,9 @@ package: $(STAMP) ## sdist, wheel and SBOM in dist/, the wheel tried
 
 image: $(STAMP) ## build the image for real and run it read-only (root, Debian)
 	@.ci/image
+
+arm64: $(STAMP) ## prove what can be without such a machine: wheels, and the agent under emulation (root, Debian)
+	@.ci/arm64
 
 fmt: $(STAMP) ## format the code
 	$(BIN)/ruff format .
