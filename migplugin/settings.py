@@ -197,7 +197,7 @@ def parse_list(text: str) -> tuple[str, ...]:
 
 def parse_discovery(text: str) -> str:
     if text == "tegra":
-        raise ValueError("Tegra has no MIG and no NVML to serve it by; expected auto or nvml")
+        raise ValueError("Tegra is not supported; expected auto or nvml")
     return one_of("auto", "nvml")(text)
 
 

@@ -130,7 +130,7 @@ def test_the_last_of_two_values_counts(tmp_path: Path) -> None:
             "sharing.mps: MPS is not possible",
         ),
         ("imex: {channelIDs: [0]}", "imex.channelIDs=0: IMEX channels are not served here"),
-        ("flags: {deviceDiscoveryStrategy: tegra}", "Tegra has no MIG"),
+        ("flags: {deviceDiscoveryStrategy: tegra}", "Tegra is not supported"),
         ("migplugin: {resourceDomain: node.kubernetes.io}", "refuses resources below kubernetes.io"),
         ("[" * 200, "not YAML or JSON"),
     ],

@@ -19,6 +19,7 @@ from typing import Any, NewType
 import pynvml
 
 from migplugin.errors import DriverError, DriverNotReady, LibraryMissing
+from migplugin.nvml import machine
 from migplugin.nvml.codes import ABSENT, GONE, LOST, Code, describe
 
 log = logging.getLogger(__name__)
@@ -95,6 +96,8 @@ def load(library: object | None = None, *, search: Path | None = None) -> None:
     """
     if library is None:
         library = _find(search)
+        if why := machine.unsupported():
+            log.warning("not a machine for MIG", extra={"reason": why})
     pynvml.nvmlLib = library
     # pynvml keeps every function it has looked up, and a count of its users, for ever.
     pynvml._nvmlGetFunctionPointer_cache.clear()  # noqa: SLF001
@@ -125,10 +128,11 @@ def _find(search: Path | None) -> ctypes.CDLL:
             else f"not below {search}, nor known to the linker"
         )
         at = "" if search is None else f" at {search}"
-        raise LibraryMissing(
-            f"{unloadable}{SONAME} is {where}: run this container with the NVIDIA runtime "
-            f"(runtimeClassName: nvidia), or mount the host's driver root{at}"
-        ) from exc
+        advice = machine.unsupported() or (
+            f"run this container with the NVIDIA runtime (runtimeClassName: nvidia), or mount the host's "
+            f"driver root{at}"
+        )
+        raise LibraryMissing(f"{unloadable}{SONAME} is {where}: {advice}") from exc
     if unloadable:
         log.warning(
             "the driver root's NVML library was passed over", extra={"reason": unloadable.strip("; ")}
@@ -204,6 +208,12 @@ def name(handle: Handle) -> str:
 
 def minor(handle: Handle) -> int:
     return int(call("nvmlDeviceGetMinorNumber", handle))
+
+
+def is_vgpu(handle: Handle) -> bool:
+    """Whether this is a virtual GPU in a guest, and not one that is passed through whole."""
+    mode = int(call("nvmlDeviceGetVirtualizationMode", handle))
+    return mode == int(pynvml.NVML_GPU_VIRTUALIZATION_MODE_VGPU)
 
 
 def pci_address(handle: Handle) -> str:

@@ -27,7 +27,7 @@ from migplugin.core.inventory import (
     Signs,
 )
 from migplugin.errors import DriverError
-from migplugin.nvml import binding
+from migplugin.nvml import binding, machine
 from migplugin.nvml.binding import Attributes, GiInfo, GiProfileInfo, Handle
 from migplugin.nvml.capabilities import Capabilities, control_nodes, numa_node
 from migplugin.nvml.codes import ABSENT, GONE, LOST, Code
@@ -57,6 +57,7 @@ class _Fixed:
     numa_node: int | None
     memory_bytes: int
     profiles: tuple[GpuProfile, ...]
+    is_vgpu: bool
     refused: bool
 
     def name(self, profile_id: int) -> str:
@@ -115,6 +116,7 @@ class Snapshots:
         handles: list[Handle] = []
         broken: list[tuple[int, GpuUuid | None, DriverError]] = []
         disagreements: set[tuple[GpuUuid, int, int]] = set()
+        vgpus: list[GpuUuid] = []
         hidden = refused = False
         for index in range(binding.gpu_count()):
             uuid: GpuUuid | None = None
@@ -127,6 +129,8 @@ class Snapshots:
                 continue
             gpus.append(gpu)
             handles.append(handle)
+            if reading.fixed.is_vgpu:
+                vgpus.append(uuid)
             if gpu.mig_enabled:
                 seen = self._capabilities.seen(gpu.minor)
                 listed = {(device.gi, device.ci) for device in gpu.devices}
@@ -143,7 +147,10 @@ class Snapshots:
                 for i, uuid, exc in broken
             ),
             control_nodes=control_nodes(self._dev_root),
-            unreadable=tuple(self._unreadable(gpus, refused=refused)),
+            unreadable=(
+                *self._unreadable(gpus, refused=refused),
+                *(f"GPU {uuid} {machine.VGPU}" for uuid in vgpus),
+            ),
             links=self._links.between(list(zip(gpus, handles, strict=True))),
         )
         return Look(inventory, frozenset(disagreements), hidden)
@@ -353,5 +360,6 @@ def _read_fixed(handle: Handle, sysfs_root: Path, *, capable: bool) -> _Fixed:
         numa_node=numa_node(sysfs_root, address),
         memory_bytes=memory,
         profiles=tuple(profile(info) for info in infos),
+        is_vgpu=allowed(lambda: binding.is_vgpu(handle), False),
         refused=refused,
     )

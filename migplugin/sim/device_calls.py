@@ -21,6 +21,8 @@ ARCHITECTURES = {"ampere": 7, "hopper": 9, "blackwell": 10}
 TOPOLOGY_INTERNAL, TOPOLOGY_NODE, TOPOLOGY_SYSTEM = 0, 40, 50
 NVLINKS = 18  # NVML_NVLINK_MAX_LINKS of the drivers that are simulated
 
+VIRTUALIZATION = {"none": 0, "passthrough": 1, "vgpu": 2}  # nvmlGpuVirtualizationMode_t
+
 FIELD_RESETLESS_MIG = 184
 FIELD_MIG_QUERY_CAPABLE = 199
 _VALUE_UINT = 1
@@ -104,6 +106,12 @@ def index(call: Call, device: int | None, out: int | None) -> None:
 @EXPORTS.add("nvmlDeviceGetMinorNumber", HANDLE, POINTER)
 def minor_number(call: Call, device: int | None, out: int | None) -> None:
     call.put(out, call.gpu(device, otherwise=Code.NOT_SUPPORTED).minor)
+
+
+@EXPORTS.add("nvmlDeviceGetVirtualizationMode", HANDLE, POINTER)
+def virtualization_mode(call: Call, device: int | None, out: int | None) -> None:
+    call.gpu(device, otherwise=Code.NOT_SUPPORTED)
+    call.put(out, VIRTUALIZATION[call.node.switches.virtualization])
 
 
 @EXPORTS.add("nvmlDeviceGetSerial", HANDLE, POINTER, UINT)

@@ -42,6 +42,7 @@ class Switches(msgspec.Struct, forbid_unknown_fields=True):
     pci_order: Literal["ascending", "descending"] = "ascending"
     numa: list[int] = []
     nvlinks: list[tuple[int, int, int]] = []
+    virtualization: Literal["none", "passthrough", "vgpu"] = "none"
     driver_loaded: bool = True
     driver_version: str = "580.95.05"
     cost: dict[str, float] = {}

@@ -38,6 +38,7 @@ MEANING = {
     "pci_order": "descending: the first index has the highest bus address",
     "numa": "NUMA node of each GPU by index, -1 for none; empty: half of them on node 0, the rest on 1",
     "nvlinks": "NVLinks between GPUs by index, as JSON: [[0, 3, 4], [1, 2, 4]] for two pairs of four links",
+    "virtualization": "what the driver says of its GPUs: none, passthrough (whole), or vgpu (of a guest)",
     "driver_loaded": "off: nvmlInit answers DRIVER_NOT_LOADED, and the driver's files are gone",
     "driver_version": "what the driver says it is",
     "cost": 'seconds that calls take, as JSON: {"*": 0.001, "nvmlGpuInstanceDestroy": 1}',

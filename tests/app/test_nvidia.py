@@ -198,7 +198,7 @@ def test_their_switches_stand_alone_or_with_gos_spellings(flag: str) -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["--device-discovery-strategy=tegra"], "Tegra has no MIG"),
+        (["--device-discovery-strategy=tegra"], "Tegra is not supported"),
         (["--imex-channel-ids=0"], "IMEX channels are not served here"),
         (["-mig-strategy=some"], "expected none, single or mixed"),
         (["--mps-roots=/x"], "no such option"),

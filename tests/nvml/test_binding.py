@@ -41,7 +41,8 @@ def _nothing_loaded() -> Iterator[None]:
 
 @pytest.fixture
 def unknown_to_the_linker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also on a machine that has a driver."""
+    """Also on a machine that has a driver, or is one that is not supported."""
+    monkeypatch.setattr(kind, "unsupported", lambda: "")
     honest = ctypes.CDLL
 
     def without(name: str, *arguments: Any) -> ctypes.CDLL:
