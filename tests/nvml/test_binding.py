@@ -14,6 +14,7 @@ import pytest
 
 from migplugin.errors import DriverError, DriverNotReady, LibraryMissing
 from migplugin.nvml import binding, capabilities
+from migplugin.nvml import machine as kind
 from migplugin.nvml.binding import LIBRARY_DIRECTORIES, SONAME
 from migplugin.nvml.codes import Code, describe
 from tests.nvml.machine import SEVEN, Machine, machine
