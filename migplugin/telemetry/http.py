@@ -58,7 +58,7 @@ class HttpServer:
         self.port = 0
         self._address = (host, port)
         self._pages = pages
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], None] = {}  # oldest first
         self._loop = asyncio.new_event_loop()
         self._closing = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
@@ -124,15 +124,17 @@ class HttpServer:
             self._loop.call_later(SHORTEST_PAUSE, self._accept_from, listener)
             return
         if len(self._tasks) >= MAX_CONNECTIONS:
-            connection.close()
-            return
+            # The kubelet's probe is answered in a millisecond: whoever holds on to theirs must not keep it out.
+            oldest = next(iter(self._tasks))
+            del self._tasks[oldest]
+            oldest.cancel()
         connection.setblocking(False)
         task = self._loop.create_task(self._connection(connection))
-        self._tasks.add(task)
+        self._tasks[task] = None
 
         def ended(task: asyncio.Task[None]) -> None:
             # Here and not in the task, which may be cancelled before it begins.
-            self._tasks.discard(task)
+            self._tasks.pop(task, None)
             connection.close()
 
         task.add_done_callback(ended)

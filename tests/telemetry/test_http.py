@@ -120,15 +120,18 @@ def test_who_asks_too_slowly_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None
         assert raw(server, b"GET /yes HTTP/1.1\r\n") == b""
 
 
-def test_others_that_hold_connections_open_are_cut_off_beyond_a_number(
+def test_whoever_holds_connections_open_keeps_no_probe_out_and_loses_the_oldest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "MAX_CONNECTIONS", 2)
     with serving() as server:
         held = [socket.create_connection(("127.0.0.1", server.port), timeout=5) for _ in range(2)]
         until(lambda: len(server._tasks) == 2)
-        with socket.create_connection(("127.0.0.1", server.port), timeout=5) as third:
-            assert third.recv(1) == b""
+        assert ask(server, "/yes")[0].status == 200
+        assert held[0].recv(1) == b""
+        until(lambda: len(server._tasks) == 1)
+        held[1].sendall(b"GET /yes HTTP/1.1\r\n\r\n")
+        assert held[1].recv(12) == b"HTTP/1.1 200"
         for connection in held:
             connection.close()
         until(lambda: not server._tasks)
