@@ -58,3 +58,16 @@ def test_one_version_is_named_everywhere() -> None:
             named[f"{path.name} {number}"] = found
     assert named == dict.fromkeys(named, __version__)
     assert re.fullmatch(r"\d+\.\d+\.\d+", __version__), "a chart wants a version that is semantic"
+
+
+def test_every_file_that_the_threat_notes_lean_on_is_there() -> None:
+    named = set(re.findall(r"`((?:\w+/)?\w+\.py)`", (ROOT / "docs/threats.md").read_text()))
+    assert len(named) > 10
+    for path in named - {"agentapi/server.py"}:  # the control socket's, which is being built
+        assert (ROOT / "migplugin" / path).exists(), path
+
+
+def test_every_link_of_the_documents_leads_somewhere() -> None:
+    for document in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")):
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+            assert "://" in target or (document.parent / target).exists(), (document.name, target)

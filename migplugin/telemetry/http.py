@@ -124,7 +124,7 @@ class HttpServer:
             self._loop.call_later(SHORTEST_PAUSE, self._accept_from, listener)
             return
         if len(self._tasks) >= MAX_CONNECTIONS:
-            # The kubelet's probe is answered in a millisecond: whoever holds on to theirs must not keep it out.
+            # A probe is answered at once: whoever holds on to a connection must not keep it out.
             oldest = next(iter(self._tasks))
             del self._tasks[oldest]
             oldest.cancel()
