@@ -164,7 +164,8 @@ def _gpu(gpu: GpuStatus, status: Status, pen: Pen) -> Iterator[str]:
 
 
 def _gpu_title(gpu: GpuStatus, pen: Pen) -> Iterator[str]:
-    facts = [f"{gpu.memory_mib} MiB", _mig_mode(gpu)]
+    size = [f"{gpu.memory_mib} MiB"] if gpu.memory_mib else []  # not told without privilege, with MIG on
+    facts = [*size, _mig_mode(gpu)]
     places = [instance.placement for instance in gpu.instances]
     if gpu.mig_enabled and gpu.memory_slices and None not in places:
         used = sum(place.size for place in places if place)

@@ -71,7 +71,7 @@ def broken() -> Status:
 def no_privilege() -> Status:
     def bare(full: Gpu) -> Gpu:
         devices = tuple(replace(device, placement=None) for device in full.devices)
-        return replace(full, memory_slices=0, profiles=(), instances=(), devices=devices)
+        return replace(full, memory_mib=0, memory_slices=0, profiles=(), instances=(), devices=devices)
 
     why = (
         "the driver refuses to tell placements and GPU instances to this container: "
