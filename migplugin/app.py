@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SAFE_REMOVAL_DELAY = 60.0
-OK, FAILED, USAGE, NO_DRIVER, INTERRUPTED = 0, 1, 2, 3, 130
+OK, FAILED, USAGE, NO_DRIVER, LIBRARY_OUTDATED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,8 @@ def _has_dev(root: Path) -> bool:
 
 
 async def serve(settings: Settings, again: Callable[[], Settings]) -> int:
-    """Runs the agent until SIGTERM (answers 0) or SIGINT (130); 3 where the driver must be there and is not.
+    """Runs the agent until SIGTERM (answers 0) or SIGINT (130); 3 where the driver must be there and is not,
+    4 where only a new process can load the library that the driver needs.
 
     `again` resolves the configuration anew when it may have changed.
 
@@ -145,6 +146,12 @@ async def serve(settings: Settings, again: Callable[[], Settings]) -> int:
             on_geometry=lambda: reconciler.geometry_changed(),  # noqa: PLW0108  made after the driver
             on_fault=lambda: reconciler.fault_arrived(),  # noqa: PLW0108
         )
+
+        def outdated(reason: str) -> None:
+            if not stop.done():
+                log.error("the NVML library is outdated, ending to be started anew", extra={"reason": reason})
+                stop.set_result(LIBRARY_OUTDATED)
+
         reconciler = Reconciler(
             driver,
             _usage(settings),
@@ -152,6 +159,7 @@ async def serve(settings: Settings, again: Callable[[], Settings]) -> int:
             Pace(settings.poll_interval),
             preparations=_preparations(settings, where),
             record=HealthFile(_state_dir(settings), where.proc),
+            on_outdated=outdated,
         )
 
         def reconfigure(new: Settings) -> None:

@@ -10,7 +10,6 @@ before pynvml looks for it, or an object that stands in for one (the simulator).
 """
 
 import ctypes
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,23 +17,11 @@ from typing import Any, NewType
 
 import pynvml
 
-from migplugin.errors import DriverError, DriverNotReady, LibraryMissing
+from migplugin.errors import DriverError, DriverNotReady, LibraryOutdated
 from migplugin.nvml.codes import ABSENT, GONE, LOST, Code, describe
-
-log = logging.getLogger(__name__)
+from migplugin.nvml.library import Library, find
 
 Handle = NewType("Handle", object)
-
-SONAME = "libnvidia-ml.so.1"
-# Where NVIDIA's own plugin looks below the driver root (nvidia-device-plugin.md 1.1).
-LIBRARY_DIRECTORIES = (
-    "usr/lib64",
-    "usr/lib/x86_64-linux-gnu",
-    "usr/lib/aarch64-linux-gnu",
-    "lib64",
-    "lib/x86_64-linux-gnu",
-    "lib/aarch64-linux-gnu",
-)
 
 XID_CRITICAL = 0x8
 MIG_CONFIG_CHANGE = 0x100
@@ -88,52 +75,17 @@ class Event:
     ci: int | None
 
 
-def load(library: object | None = None, *, search: Path | None = None) -> None:
+def load(library: object | None = None, *, search: Path | None = None) -> Library:
     """Makes pynvml speak to `library`, or to the driver's own found below `search` or by its soname.
 
     Raises LibraryMissing, naming what can be done about it.
     """
-    if library is None:
-        library = _find(search)
-    pynvml.nvmlLib = library
+    loaded = find(search) if library is None else Library(library)
+    pynvml.nvmlLib = loaded.functions
     # pynvml keeps every function it has looked up, and a count of its users, for ever.
     pynvml._nvmlGetFunctionPointer_cache.clear()  # noqa: SLF001
     pynvml._nvmlLib_refcount = 0  # noqa: SLF001
-
-
-def _find(search: Path | None) -> ctypes.CDLL:
-    unloadable = ""
-    for directory in LIBRARY_DIRECTORIES if search is not None else ():
-        path = (search or Path("/")) / directory / SONAME
-        try:
-            path.lstat()
-            library = ctypes.CDLL(str(path))
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as exc:
-            # Also of a link that leads out of the mounted root, and of a directory that we may not enter.
-            unloadable = unloadable or f"{path} cannot be loaded ({exc}); "
-            continue
-        log.info("NVML library", extra={"path": str(path)})
-        return library
-    try:
-        library = ctypes.CDLL(SONAME)
-    except OSError as exc:
-        where = (
-            "not known to the dynamic linker"
-            if search is None
-            else f"not below {search}, nor known to the linker"
-        )
-        at = "" if search is None else f" at {search}"
-        raise LibraryMissing(
-            f"{unloadable}{SONAME} is {where}: run this container with the NVIDIA runtime "
-            f"(runtimeClassName: nvidia), or mount the host's driver root{at}"
-        ) from exc
-    if unloadable:
-        log.warning(
-            "the driver root's NVML library was passed over", extra={"reason": unloadable.strip("; ")}
-        )
-    return library
+    return loaded
 
 
 def call(name: str, *args: Any, **options: Any) -> Any:
@@ -148,7 +100,9 @@ def call(name: str, *args: Any, **options: Any) -> Any:
     except UnicodeDecodeError:
         # A GPU that answers no text where there must be one is broken, and breaks no other.
         code = Code.UNKNOWN
-    if code in {Code.DRIVER_NOT_LOADED, Code.LIB_RM_VERSION_MISMATCH}:
+    if code == Code.LIB_RM_VERSION_MISMATCH:
+        raise LibraryOutdated(f"{name}: {describe(code)}", call=name, code=code)
+    if code == Code.DRIVER_NOT_LOADED:
         raise DriverNotReady(f"{name}: {describe(code)}", call=name, code=code)
     raise DriverError(f"{name}: {describe(code)}", call=name, code=code)
 
@@ -244,7 +198,7 @@ def fields(handle: Handle, *wanted: int) -> dict[int, int]:
     """
     try:
         values = call("nvmlDeviceGetFieldValues", handle, wanted)
-    except DriverNotReady:
+    except (DriverNotReady, LibraryOutdated):
         raise
     except DriverError as exc:
         if exc.code in LOST:

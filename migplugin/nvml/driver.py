@@ -20,9 +20,10 @@ from pathlib import Path
 from migplugin.aio import Mailbox, OwnerThread
 from migplugin.core.health import Fault
 from migplugin.core.inventory import GpuUuid, Inventory, MigDevice
-from migplugin.errors import DriverError, DriverTimeout
+from migplugin.errors import DriverError, DriverTimeout, LibraryOutdated
 from migplugin.nvml import binding
 from migplugin.nvml.events import EventThread, Patience, Registration, Scope, merge
+from migplugin.nvml.library import Successor
 from migplugin.nvml.snapshot import Look, Snapshots
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Driver:
         self._told_lost = 0
         # From here on everything belongs to the owner thread.
         self._snapshots = Snapshots(proc_root, sysfs_root, dev_root)
-        self._loaded = False
+        self._successor: Successor | None = None
         self._opened_at: float | None = None
         self._registration: Registration | None = None
         self._events: EventThread | None = None
@@ -88,7 +89,8 @@ class Driver:
         """Everything the driver says now; `suspect` where an event said that something changed.
 
         Raises LibraryMissing, DriverNotReady or another DriverError where the driver as a whole does
-        not answer, DriverTimeout where a call does not come back before the deadline.
+        not answer, DriverTimeout where a call does not come back before the deadline, LibraryOutdated
+        where no later look of this process can succeed.
         """
         if self._ended:
             raise DriverError("the driver was closed, nobody looks at it any more")
@@ -124,6 +126,8 @@ class Driver:
         return inventory
 
     def _read(self, *, suspect: bool) -> Inventory:
+        if self._successor is not None and self._successor.works():
+            raise LibraryOutdated("another NVML library has taken the place of the one that we loaded")
         opened = self._opened_at is None
         if opened:
             self._open()
@@ -170,9 +174,9 @@ class Driver:
         return ""
 
     def _open(self) -> None:
-        if not self._loaded:
-            binding.load(None if self._library is None else self._library(), search=self._search)
-            self._loaded = True
+        if self._successor is None:
+            library = None if self._library is None else self._library()
+            self._successor = Successor(binding.load(library, search=self._search))
         binding.init()
         self._opened_at = time.monotonic()
         self._snapshots.forget()

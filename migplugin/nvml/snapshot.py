@@ -26,7 +26,7 @@ from migplugin.core.inventory import (
     Placement,
     Signs,
 )
-from migplugin.errors import DriverError
+from migplugin.errors import DriverError, LibraryOutdated
 from migplugin.nvml import binding
 from migplugin.nvml.binding import Attributes, GiInfo, GiProfileInfo, Handle
 from migplugin.nvml.capabilities import Capabilities, control_nodes, numa_node
@@ -122,6 +122,8 @@ class Snapshots:
                 handle = binding.gpu(index)
                 uuid = self._uuids[index] = GpuUuid(binding.uuid(handle))
                 gpu, reading = self._gpu(handle, index, uuid)
+            except LibraryOutdated:
+                raise  # said of one GPU, but not of it alone
             except DriverError as exc:
                 broken.append((index, uuid, exc))
                 continue
