@@ -145,6 +145,7 @@ async def serve(settings: Settings, again: Callable[[], Settings]) -> int:
             where,
             on_geometry=lambda: reconciler.geometry_changed(),  # noqa: PLW0108  made after the driver
             on_fault=lambda: reconciler.fault_arrived(),  # noqa: PLW0108
+            on_news=lambda: reconciler.look_soon(),  # noqa: PLW0108
         )
 
         def outdated(reason: str) -> None:
@@ -263,7 +264,7 @@ async def status(settings: Settings) -> "Status":
     from migplugin.core.status import status as describe  # noqa: PLC0415
 
     with roots(settings) as where:
-        driver = _driver(settings, where, on_geometry=lambda: None, on_fault=lambda: None)
+        driver = _driver(settings, where)
         reconciler = Reconciler(driver, _usage(settings), options(settings), Pace())
         logging.getLogger("migplugin").setLevel(logging.CRITICAL)  # what it would log is what is printed
         try:
@@ -275,7 +276,12 @@ async def status(settings: Settings) -> "Status":
 
 
 def _driver(
-    settings: Settings, where: Roots, on_geometry: Callable[[], None], on_fault: Callable[[], None]
+    settings: Settings,
+    where: Roots,
+    *,
+    on_geometry: Callable[[], None] = lambda: None,
+    on_fault: Callable[[], None] = lambda: None,
+    on_news: Callable[[], None] = lambda: None,
 ) -> Driver:
     library = where.library
     return Driver(
@@ -287,6 +293,7 @@ def _driver(
         deadline=settings.nvml_timeout,
         on_geometry=on_geometry,
         on_fault=on_fault,
+        on_news=on_news,
     )
 
 
@@ -407,7 +414,7 @@ async def cdi_document(settings: Settings) -> Mapping[str, Any] | None:
     Raises InputError or SimulatorError for a simulation that cannot be made, DriverError.
     """
     with roots(settings) as where:
-        driver = _driver(settings, where, on_geometry=lambda: None, on_fault=lambda: None)
+        driver = _driver(settings, where)
         logging.getLogger("migplugin").setLevel(logging.CRITICAL)  # stderr is for what is wrong with it
         try:
             inventory = await driver.look()

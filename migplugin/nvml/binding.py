@@ -13,7 +13,7 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NewType
+from typing import Any, NewType, TypeVar
 
 import pynvml
 
@@ -23,8 +23,12 @@ from migplugin.nvml.library import Library, find
 
 Handle = NewType("Handle", object)
 
+T = TypeVar("T")
+
+DOUBLE_BIT_ECC = 0x2
 XID_CRITICAL = 0x8
 MIG_CONFIG_CHANGE = 0x100
+UNCORRECTED, VOLATILE, SRAM = 1, 0, 7  # nvmlMemoryErrorType_t, nvmlEccCounterType_t, nvmlMemoryLocation_t
 RECOVERY_ACTION, REMAP_PENDING, REMAP_FAILED = 230, 144, 145  # fields of nvmlDeviceGetFieldValues
 WHOLE = 0xFFFFFFFF  # a GI or CI id that says: not one instance but all of them
 LAST_KNOWN_GI_PROFILE = 0x11
@@ -192,19 +196,36 @@ def memory_bytes(handle: Handle) -> int:
 
 
 def fields(handle: Handle, *wanted: int) -> dict[int, int]:
-    """The values of those fields, all small numbers, that this driver knows of this GPU.
+    """The values of those fields, all small numbers, that this driver knows of this GPU."""
+    values = _if_told(lambda: call("nvmlDeviceGetFieldValues", handle, wanted)) or ()
+    return {int(found.fieldId): _number(found) for found in values if found.nvmlReturn == 0}
 
-    However it refuses, a GPU is not broken for that, unless it says that it is lost.
+
+def uncorrected_errors(handle: Handle) -> int | None:
+    """Memory errors (ECC) of a GPU since the driver was loaded; None where that is not told."""
+    return _if_told(lambda: int(call("nvmlDeviceGetTotalEccErrors", handle, UNCORRECTED, VOLATILE)))
+
+
+def uncorrected_errors_of_instance(mig_handle: Handle) -> int | None:
+    """The same of a MIG device, in its SRAM: of no other memory a driver says whose they were (nvml.h)."""
+    return _if_told(
+        lambda: int(call("nvmlDeviceGetMemoryErrorCounter", mig_handle, UNCORRECTED, VOLATILE, SRAM))
+    )
+
+
+def _if_told(function: Callable[[], T]) -> T | None:
+    """What a question of fitness is answered.
+
+    However the driver refuses, a GPU is not broken for that, unless it is said to be lost.
     """
     try:
-        values = call("nvmlDeviceGetFieldValues", handle, wanted)
+        return function()
     except (DriverNotReady, LibraryOutdated):
         raise
     except DriverError as exc:
         if exc.code in LOST:
             raise
-        return {}
-    return {int(found.fieldId): _number(found) for found in values if found.nvmlReturn == 0}
+        return None
 
 
 def _number(found: Any) -> int:

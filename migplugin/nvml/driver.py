@@ -33,7 +33,9 @@ CLOSE_WITHIN, END_WITHIN = 1.0, 0.1
 
 
 class Driver:
-    """Looks at the driver from one event loop. `on_geometry` and `on_fault` are called on that loop."""
+    """Looks at the driver from one event loop, on which it calls `on_geometry`, `on_fault` and `on_news`: of
+    what the next look will show.
+    """
 
     def __init__(
         self,
@@ -46,12 +48,14 @@ class Driver:
         deadline: float,
         on_geometry: Callable[[], None],
         on_fault: Callable[[], None],
+        on_news: Callable[[], None],
     ) -> None:
         self._library = library
         self._search = search
         self._deadline = deadline
         self._geometry_bell = _Bell(on_geometry)
         self._fault_bell = _Bell(on_fault)
+        self._news_bell = _Bell(on_news)
         self._faults: Mailbox[Scope, Fault] = Mailbox(merge)
         self._owner = OwnerThread("nvml")
         self._ended = False
@@ -94,7 +98,8 @@ class Driver:
         """
         if self._ended:
             raise DriverError("the driver was closed, nobody looks at it any more")
-        self._geometry_bell.loop = self._fault_bell.loop = asyncio.get_running_loop()
+        for bell in (self._geometry_bell, self._fault_bell, self._news_bell):
+            bell.loop = asyncio.get_running_loop()
         try:
             return await self._owner.call(lambda: self._look(suspect=suspect), self._deadline)
         except TimeoutError as exc:
@@ -196,7 +201,12 @@ class Driver:
                 log.warning("the driver has no events, looking now and then", extra={"reason": str(exc)})
             return
         self._events = EventThread(
-            self._registration, self._patience, self._faults, self._geometry_bell, self._fault_bell
+            self._registration,
+            self._patience,
+            self._faults,
+            self._geometry_bell,
+            self._fault_bell,
+            self._news_bell,
         )
         self._events.start()
 

@@ -9,7 +9,7 @@ and profiles) is asked once; what lives is asked every time.
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,7 +29,7 @@ from migplugin.core.inventory import (
 from migplugin.errors import DriverError, LibraryOutdated
 from migplugin.nvml import binding
 from migplugin.nvml.binding import Attributes, GiInfo, GiProfileInfo, Handle
-from migplugin.nvml.capabilities import Capabilities, control_nodes, numa_node
+from migplugin.nvml.capabilities import Capabilities, control_nodes, loaded_module, numa_node
 from migplugin.nvml.codes import ABSENT, GONE, LOST, Code
 from migplugin.nvml.links import Links
 
@@ -127,15 +127,16 @@ class Snapshots:
             except DriverError as exc:
                 broken.append((index, uuid, exc))
                 continue
-            gpus.append(gpu)
-            handles.append(handle)
             if gpu.mig_enabled:
                 seen = self._capabilities.seen(gpu.minor)
+                gpu = _with_files(gpu, seen)
                 listed = {(device.gi, device.ci) for device in gpu.devices}
                 hidden = hidden or seen is None
                 refused = refused or reading.refused
                 doubtful = reading.doubtful | (listed ^ (listed if seen is None else seen))
                 disagreements |= {(uuid, gi, ci) for gi, ci in doubtful}
+            gpus.append(gpu)
+            handles.append(handle)
         named = {gpu.uuid for gpu in gpus} | {uuid for _, uuid, _ in broken if uuid is not None}
         inventory = Inventory(
             driver_version=version,
@@ -147,6 +148,7 @@ class Snapshots:
             control_nodes=control_nodes(self._dev_root),
             unreadable=tuple(self._unreadable(gpus, refused=refused)),
             links=self._links.between(list(zip(gpus, handles, strict=True))),
+            module=loaded_module(self._sysfs_root),
         )
         return Look(inventory, frozenset(disagreements), hidden)
 
@@ -197,7 +199,7 @@ class Snapshots:
                 for gi, info in sorted(reading.instances.items())
             ),
             devices=tuple(sorted(found, key=lambda device: (device.gi, device.ci))),
-            signs=_signs(handle),
+            signs=_signs(handle, mig=bool(enabled)),
         )
         return gpu, reading
 
@@ -260,6 +262,7 @@ class Snapshots:
             ci_minor=of_ci.minor,
             gi_mode=of_gi.mode,
             ci_mode=of_ci.mode,
+            uncorrected=binding.uncorrected_errors_of_instance(device),
         )
 
     @staticmethod
@@ -305,13 +308,22 @@ class Snapshots:
         raise DriverError(f"the driver names no profile for {binding.uuid(device)}", call="nvmlDeviceGetName")
 
 
-def _signs(handle: Handle) -> Signs:
+def _with_files(gpu: Gpu, seen: AbstractSet[tuple[int, int]] | None) -> Gpu:
+    if seen is None:
+        return gpu
+    devices = (replace(device, files=(device.gi, device.ci) in seen) for device in gpu.devices)
+    return replace(gpu, devices=tuple(devices))
+
+
+def _signs(handle: Handle, *, mig: bool) -> Signs:
     told = binding.fields(handle, binding.RECOVERY_ACTION, binding.REMAP_PENDING, binding.REMAP_FAILED)
     pending, failed = told.get(binding.REMAP_PENDING), told.get(binding.REMAP_FAILED)
     return Signs(
         action=told.get(binding.RECOVERY_ACTION),
         remap_pending=None if pending is None else bool(pending),
         remap_failed=None if failed is None else bool(failed),
+        # With MIG on, the driver counts them for each instance and refuses the sum (nvml.h).
+        uncorrected=None if mig else binding.uncorrected_errors(handle),
     )
 
 
