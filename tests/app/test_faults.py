@@ -230,6 +230,26 @@ async def test_restarts_of_agent_and_kubelet_make_nobody_well_and_one_of_the_mac
     await node.until(lambda _: node.allocatable("1g.5gb") == 3)
 
 
+@pytest.mark.parametrize("pause", [0.0, 0.002, 0.005, 0.01, 0.02, 0.05])
+async def test_what_a_killed_agent_has_shown_as_sick_is_sick_under_the_next(
+    machine: Start, pause: float
+) -> None:
+    """Wherever it was killed: the record is written before anybody is told."""
+    node = await machine("1xa100-40gb=1g.5gb*7")
+    agent = await node.serve()
+    await node.until(lambda _: node.allocatable("1g.5gb") == 7)
+    for gi, ci in node.store.read().gpus[0].mig_devices():
+        node.change(lambda made, gi=gi, ci=ci: made.gpus[0].xid(94, gi.id, ci.id))  # type: ignore[misc]
+        await asyncio.sleep(pause)  # when it dies is the point
+    shown = {id_ for id_, health in node.kubelet.devices(MIG).items() if health == "Unhealthy"}
+    await agent.kill()  # from here on the kubelet takes all for Unhealthy, until the next list
+    await node.until(lambda _: node.allocatable("1g.5gb") == 0)
+    agent = await node.serve()
+    await node.until(lambda k: set(k.devices(MIG).values()) != {"Unhealthy"} or len(shown) == 7)
+    now = {id_ for id_, health in node.kubelet.devices(MIG).items() if health == "Unhealthy"}
+    assert shown <= now
+
+
 async def test_a_gpu_is_sick_for_as_long_as_the_driver_wants_it_reset(machine: Start) -> None:
     node = await machine("2xa100-40gb=1g.5gb*2")
     node.change(lambda made: made.gpus[0].record.fields.update({230: 0}))

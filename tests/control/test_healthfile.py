@@ -2,6 +2,10 @@
 
 import json
 import logging
+import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -115,3 +119,33 @@ def test_a_directory_that_cannot_be_made_is_said_once(
     file.save(HEALTH)
     file.save(Health())
     assert len(caplog.records) == 1
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from migplugin.control.healthfile import HealthFile
+from tests.control.test_healthfile import HEALTH
+from migplugin.core.health import Health
+file = HealthFile(Path(sys.argv[1]), Path(sys.argv[2]))
+file.save(HEALTH)
+print("saved", flush=True)
+while True:
+    file.save(Health(driver="580.95.05"))
+    file.save(HEALTH)
+"""
+
+
+def test_a_writer_that_is_killed_at_any_moment_leaves_a_whole_file(
+    tmp_path: Path, proc: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = Path(__file__).parents[2]
+    for attempt in range(12):
+        command = [sys.executable, "-c", WRITER, str(tmp_path), str(proc)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root) as writer:
+            assert writer.stdout is not None
+            writer.stdout.readline()
+            time.sleep(random.Random(attempt).uniform(0.0, 0.01))  # when it dies is the point
+            writer.kill()
+        assert HealthFile(tmp_path, proc).load(10.0) in (HEALTH, Health(driver="580.95.05"))
+    assert {record.message for record in caplog.records} <= {"still sick"}
