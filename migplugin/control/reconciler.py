@@ -19,7 +19,7 @@ from migplugin.aio import Cell, first_of
 from migplugin.control.ports import Driver, HealthRecord, Preparation, UsageSource
 from migplugin.core.allocation import Offers, granted
 from migplugin.core.decide import LEASE_CERTAIN_AFTER, Key, Memory, Options, Outcome, Usage, World, decide
-from migplugin.core.health import Fault
+from migplugin.core.health import Fault, suspects
 from migplugin.core.inventory import DeviceId, Inventory
 from migplugin.core.resource import ResourceName
 from migplugin.core.xid import xid
@@ -239,7 +239,8 @@ class Reconciler:
 
     async def _look_and_judge(self, *, suspect: bool) -> Inventory:
         """What the driver says. A driver that is slow to say it holds back no XID."""
-        looking = asyncio.ensure_future(self._driver.look(suspect=suspect))
+        asked = suspects(self.outcome.memory.health if self.outcome is not None else self.world.memory.health)
+        looking = asyncio.ensure_future(self._driver.look(suspect=suspect, processes_of=asked))
         try:
             while not looking.done():
                 await asyncio.wait((looking,), timeout=FAULTS_AGAIN)

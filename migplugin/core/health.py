@@ -8,10 +8,11 @@ that was seen to be absent, or to have become another, is a new one when it retu
 not answer is not absent, and keeps its sick. A whole GPU that is sick has only sick devices, also those that
 are made on it later.
 
-Other ways to get well: what was only a contained error, when no pod holds the device and the driver
-wants nothing done for `recovery_after`; anything else when the driver, asked after the fault, says that
-nothing need be done, and a whole GPU also when it was lost and answers again, which takes a reset. What
-falls sick again within an hour of getting well stays sick until it is made anew, or a person acts.
+Other ways to get well: what was only a contained error, when for `recovery_after` no pod holds the device
+and the driver sees no process on it and wants nothing done; anything else when the driver, asked after the
+fault, says that nothing need be done, and a whole GPU also when it was lost and answers again, which takes a
+reset. What falls sick again within an hour of getting well stays sick until it is made anew, or a person
+acts.
 
 Signs are what the driver says without being told by an event, of a GPU or of one device. They need no
 memory: it is sick for as long as they are there. Only that a device's files have vanished takes two
@@ -243,12 +244,20 @@ def look_at(health: Health, looked: float) -> float | None:
     waiting = [
         looked + LOOK_EVERY if looked >= sickness.last + BELIEVED_AFTER else sickness.last + BELIEVED_AFTER
         for sickness in health.sick.values()
-        if not sickness.stays and _action(health.gpus.get(sickness.gpu)) is not None
+        if not sickness.stays
+        and (sickness.is_contained or _action(health.gpus.get(sickness.gpu)) is not None)
     ]
     waiting += [looked + LOOK_EVERY for _ in health.signs]
     if looked < health.ask_after and any(_action(gpu) is not None for gpu in health.gpus.values()):
         waiting.append(health.ask_after)
     return min(waiting, default=None)
+
+
+def suspects(health: Health) -> frozenset[Subject]:
+    """Of whom the driver is to be asked whether a process runs there: who gets well when left alone."""
+    return frozenset(
+        id_ for id_, sickness in health.sick.items() if sickness.is_contained and not sickness.stays
+    )
 
 
 def awaits_release(health: Health, recovery_after: float) -> Mapping[DeviceId, float]:
@@ -304,7 +313,7 @@ def _rest(sickness: Sickness, scene: Scene, gpus: Mapping[GpuUuid, Gpu]) -> Sick
         and not _action(gpu)
         and scene.held_known is not None
         and scene.held_known > sickness.last
-        and not scene.held & _pinning(sickness, gpu)
+        and not (scene.held | scene.inventory.running) & _pinning(sickness, gpu)
     )
     since = scene.now if sickness.idle_since is None else sickness.idle_since
     return replace(sickness, idle_since=since if rests else None)

@@ -149,8 +149,9 @@ class BrokenGpu:
 class Inventory:
     """`unreadable` says in one sentence each what the driver refused to tell, for example placements.
 
-    `module` tells one loading of the kernel module from another; None where sysfs does not show it.
     `links` is how near pairs of GPUs are to each other, as NVIDIA counts it (nvidia-device-plugin.md 5).
+    `running` are the ids of those, of whom that was asked, on which the driver sees a process. `module` tells
+    one loading of the kernel module from another; None where sysfs does not show it.
     """
 
     driver_version: str
@@ -159,6 +160,7 @@ class Inventory:
     control_nodes: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
     links: Mapping[tuple[GpuUuid, GpuUuid], int] = field(default_factory=dict)
+    running: frozenset[str] = frozenset()
     module: int | None = None
 
     def devices(self) -> Iterator[tuple[Gpu, MigDevice]]:

@@ -213,6 +213,13 @@ def uncorrected_errors_of_instance(mig_handle: Handle) -> int | None:
     )
 
 
+def runs_something(handle: Handle) -> bool:
+    """Whether the driver sees a compute process there. That it sees none means little: without the host's PID
+    namespace it leaves out those of others, with success (nvml.md 3).
+    """
+    return bool(_if_told(lambda: call("nvmlDeviceGetComputeRunningProcesses", handle)))
+
+
 def _if_told(function: Callable[[], T]) -> T | None:
     """What a question of fitness is answered.
 

@@ -15,6 +15,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from migplugin.aio import Mailbox, OwnerThread
@@ -89,8 +90,9 @@ class Driver:
             self._told_lost = lost
         return self._faults.take()
 
-    async def look(self, *, suspect: bool = False) -> Inventory:
-        """Everything the driver says now; `suspect` where an event said that something changed.
+    async def look(self, *, suspect: bool = False, processes_of: AbstractSet[str] = frozenset()) -> Inventory:
+        """Everything the driver says now; `suspect` where an event said that something changed. Whether
+        something runs on them is asked of those ids alone.
 
         Raises LibraryMissing, DriverNotReady or another DriverError where the driver as a whole does
         not answer, DriverTimeout where a call does not come back before the deadline, LibraryOutdated
@@ -101,7 +103,7 @@ class Driver:
         for bell in (self._geometry_bell, self._fault_bell, self._news_bell):
             bell.loop = asyncio.get_running_loop()
         try:
-            return await self._owner.call(lambda: self._look(suspect=suspect), self._deadline)
+            return await self._owner.call(lambda: self._look(processes_of, suspect=suspect), self._deadline)
         except TimeoutError as exc:
             raise DriverTimeout(f"no answer from NVML within {self._deadline:g} s") from exc
 
@@ -118,9 +120,10 @@ class Driver:
             log.debug("the NVML session was not ended", extra={"reason": str(exc)})
         self._owner.close()
 
-    def _look(self, *, suspect: bool) -> Inventory:
+    def _look(self, processes_of: AbstractSet[str], *, suspect: bool) -> Inventory:
         complete = False
         try:
+            self._snapshots.processes_of = processes_of
             inventory = self._read(suspect=suspect)
             complete = not self._ended
         finally:

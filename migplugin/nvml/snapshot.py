@@ -91,7 +91,7 @@ class Look:
 
 
 class Snapshots:
-    """Takes looks, on the thread that owns NVML."""
+    """Takes looks, on the thread that owns NVML; at processes only of the ids in `processes_of`."""
 
     def __init__(self, proc_root: Path, sysfs_root: Path, dev_root: Path) -> None:
         self._proc_root = proc_root
@@ -101,6 +101,8 @@ class Snapshots:
         self._fixed: dict[tuple[GpuUuid, bool | None], _Fixed] = {}
         self._uuids: dict[int, GpuUuid] = {}
         self._links = Links()
+        self._running: set[str] = set()
+        self.processes_of: AbstractSet[str] = frozenset()
 
     def forget(self) -> None:
         """A new session may be one with another driver. Which GPU had which index is kept, for lost ones."""
@@ -111,6 +113,7 @@ class Snapshots:
     def take(self) -> Look:
         """Raises DriverError where the driver as a whole does not answer."""
         version = binding.driver_version()
+        self._running.clear()
         gpus: list[Gpu] = []
         handles: list[Handle] = []
         broken: list[tuple[int, GpuUuid | None, DriverError]] = []
@@ -148,6 +151,7 @@ class Snapshots:
             control_nodes=control_nodes(self._dev_root),
             unreadable=tuple(self._unreadable(gpus, refused=refused)),
             links=self._links.between(list(zip(gpus, handles, strict=True))),
+            running=frozenset(self._running),
             module=loaded_module(self._sysfs_root),
         )
         return Look(inventory, frozenset(disagreements), hidden)
@@ -172,6 +176,7 @@ class Snapshots:
         mode = binding.mig_mode(handle)
         enabled, pending = (None, None) if mode is None else mode
         reading = _Reading(handle, uuid, minor, self._fixed_of(handle, uuid, enabled))
+        self._note_processes(handle, uuid)
         if enabled:
             self._read_instances(reading)
         found = self._devices(reading) if enabled else []
@@ -212,6 +217,10 @@ class Snapshots:
                 self._fixed[uuid, enabled] = fixed
         return fixed
 
+    def _note_processes(self, handle: Handle, uuid: str) -> None:
+        if uuid in self.processes_of and binding.runs_something(handle):
+            self._running.add(uuid)
+
     @staticmethod
     def _read_instances(gpu: _Reading) -> None:
         """Every live GPU instance by its id, also those without compute instance; none without privilege."""
@@ -244,6 +253,7 @@ class Snapshots:
 
     def _device(self, gpu: _Reading, device: Handle, slot: int) -> MigDevice:
         uuid = DeviceId(binding.uuid(device))
+        self._note_processes(device, uuid)
         gi, ci = binding.gi_id(device), binding.ci_id(device)
         attributes: Attributes | None = binding.unless(_REFUSED, lambda: binding.attributes(device))
         info = self._instance_of(gpu, gi, ci)

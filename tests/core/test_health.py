@@ -13,6 +13,7 @@ from migplugin.core.health import (
     awaits_release,
     fold,
     look_at,
+    suspects,
     wake_at,
 )
 from migplugin.core.inventory import BrokenGpu, DeviceId, Gpu, GpuUuid, Inventory, Signs
@@ -466,3 +467,20 @@ def test_no_sign_counts_where_all_checks_are_off() -> None:
     run = Run(checks=Checks(None, signs=False))
     run.step(see=uncorrected(SEVENTHS, {9: 2}))
     assert run.unfit() == set()
+
+
+def test_a_process_that_the_driver_sees_stands_against_getting_well_by_rest() -> None:
+    run = Run(fault(SEVENTHS, 94, 9, 0), fault(ASSORTED, 94, 2, 0))
+    assert suspects(run.health) == {uuid(0, 9), uuid(1, 2)}
+    run.step(see=replace(NODE, running=frozenset({uuid(0, 9)})), at=10.0)
+    run.step(at=310.0)
+    assert run.unfit() == {uuid(0, 9)}, "no pod holds it, but something that no kubelet knows does"
+    run.step(see=NODE, at=320.0)
+    assert run.unfit() == {uuid(0, 9)}
+    run.step(at=620.0)
+    assert run.unfit() == set()
+
+
+def test_who_waits_to_be_left_alone_is_looked_at_now_and_then() -> None:
+    run = Run(fault(SEVENTHS, 94, 9, 0))
+    assert look_at(run.health, 100.0) == 100.0 + LOOK_EVERY
