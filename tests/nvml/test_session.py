@@ -464,8 +464,17 @@ async def test_processes_are_asked_for_only_where_somebody_wants_to_know() -> No
             assert "nvmlDeviceGetComputeRunningProcesses_v3" not in place.calls
             asked = frozenset({ci.uuid, idle.uuid, whole})
             assert (await watched.driver.look(processes_of=asked)).running == {ci.uuid, whole}
-            place.switch(missing_symbols=["nvmlDeviceGetComputeRunningProcesses_v3"])
-            assert (await watched.driver.look(processes_of=asked)).running == frozenset()
+
+
+@pytest.mark.parametrize(
+    "symbol", ["nvmlDeviceGetComputeRunningProcesses_v3", "nvmlDeviceGetMemoryErrorCounter"]
+)
+async def test_a_driver_that_cannot_be_asked_about_fitness_is_served(symbol: str) -> None:
+    with machine(SEVEN, missing_symbols=[symbol]) as place:
+        async with watching(place) as watched:
+            seen = await watched.driver.look(processes_of=frozenset(place.uuids()))
+            assert len(devices(seen)) == 7
+            assert seen.running == frozenset()
 
 
 async def test_after_the_end_a_look_is_refused_and_another_end_is_nothing() -> None:
