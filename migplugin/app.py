@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SAFE_REMOVAL_DELAY = 60.0
-OK, FAILED, USAGE, NO_DRIVER, INTERRUPTED = 0, 1, 2, 3, 130
+OK, FAILED, USAGE, NO_DRIVER, LIBRARY_OUTDATED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,8 @@ def _has_dev(root: Path) -> bool:
 
 
 async def serve(settings: Settings, again: Callable[[], Settings]) -> int:
-    """Runs the agent until SIGTERM (answers 0) or SIGINT (130); 3 where the driver must be there and is not.
+    """Runs the agent until SIGTERM (answers 0) or SIGINT (130); 3 where the driver must be there and is not,
+    4 where only a new process can load the library that the driver needs.
 
     `again` resolves the configuration anew when it may have changed.
 
@@ -144,7 +145,14 @@ async def serve(settings: Settings, again: Callable[[], Settings]) -> int:
             where,
             on_geometry=lambda: reconciler.geometry_changed(),  # noqa: PLW0108  made after the driver
             on_fault=lambda: reconciler.fault_arrived(),  # noqa: PLW0108
+            on_news=lambda: reconciler.look_soon(),  # noqa: PLW0108
         )
+
+        def outdated(reason: str) -> None:
+            if not stop.done():
+                log.error("the NVML library is outdated, ending to be started anew", extra={"reason": reason})
+                stop.set_result(LIBRARY_OUTDATED)
+
         reconciler = Reconciler(
             driver,
             _usage(settings),
@@ -152,6 +160,7 @@ async def serve(settings: Settings, again: Callable[[], Settings]) -> int:
             Pace(settings.poll_interval),
             preparations=_preparations(settings, where),
             record=HealthFile(_state_dir(settings), where.proc),
+            on_outdated=outdated,
         )
 
         def reconfigure(new: Settings) -> None:
@@ -255,7 +264,7 @@ async def status(settings: Settings) -> "Status":
     from migplugin.core.status import status as describe  # noqa: PLC0415
 
     with roots(settings) as where:
-        driver = _driver(settings, where, on_geometry=lambda: None, on_fault=lambda: None)
+        driver = _driver(settings, where)
         reconciler = Reconciler(driver, _usage(settings), options(settings), Pace())
         logging.getLogger("migplugin").setLevel(logging.CRITICAL)  # what it would log is what is printed
         try:
@@ -267,7 +276,12 @@ async def status(settings: Settings) -> "Status":
 
 
 def _driver(
-    settings: Settings, where: Roots, on_geometry: Callable[[], None], on_fault: Callable[[], None]
+    settings: Settings,
+    where: Roots,
+    *,
+    on_geometry: Callable[[], None] = lambda: None,
+    on_fault: Callable[[], None] = lambda: None,
+    on_news: Callable[[], None] = lambda: None,
 ) -> Driver:
     library = where.library
     return Driver(
@@ -279,6 +293,7 @@ def _driver(
         deadline=settings.nvml_timeout,
         on_geometry=on_geometry,
         on_fault=on_fault,
+        on_news=on_news,
     )
 
 
@@ -399,7 +414,7 @@ async def cdi_document(settings: Settings) -> Mapping[str, Any] | None:
     Raises InputError or SimulatorError for a simulation that cannot be made, DriverError.
     """
     with roots(settings) as where:
-        driver = _driver(settings, where, on_geometry=lambda: None, on_fault=lambda: None)
+        driver = _driver(settings, where)
         logging.getLogger("migplugin").setLevel(logging.CRITICAL)  # stderr is for what is wrong with it
         try:
             inventory = await driver.look()
