@@ -61,10 +61,11 @@ def _manage(oneshot: bool, directory: str, target: str, chosen: str, **_: str | 
     """Link the configuration file for the agent: the default one, else the only one, else an empty one."""
     from migplugin.telemetry.log import configure  # noqa: PLC0415
 
-    configure("info", os.environ.get("MIGPLUGIN_LOG_FORMAT") or "text")
-    # Blocked before there is anything to lose, and taken below: no moment in which it would be missed.
+    # Blocked before there is anything to lose, and taken below: no moment in which it would be missed. And
+    # before there is another thread, the log's, which would take the signal in our place and end us.
     ends = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+    configure("info", os.environ.get("MIGPLUGIN_LOG_FORMAT") or "text")
     source = choose(Path(directory), chosen)
     link(Path(target), source)
     log.info("configuration linked", extra={"file": target, "source": str(source or "empty")})
