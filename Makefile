@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PROTOS := deviceplugin/v1beta1/api.proto podresources/v1/api.proto
+PROTOS := agent/v1/agent.proto deviceplugin/v1beta1/api.proto podresources/v1/api.proto
 LOCK := uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate
 
 .PHONY: help setup demo test check manifests bench package image fmt protos locks lock-upgrade readme clean

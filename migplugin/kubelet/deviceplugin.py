@@ -19,6 +19,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
+from migplugin import unixsocket
 from migplugin._proto.deviceplugin.v1beta1 import api_pb2, api_pb2_grpc
 from migplugin.aio import Cell, first_of
 from migplugin.core.allocation import Edits, Offer, Offers, edits
@@ -155,34 +156,25 @@ class Server:
         # Asked here because gRPC would put a line of its own on stderr.
         if reason := sockets.unusable(self.path.parent):
             raise KubeletError(reason)
-        umask = os.umask(0o077)  # gRPC would make the socket 0755
         try:
-            self._server.add_insecure_port(f"unix:{self.path}")
+            with unixsocket.umask(0o077):
+                self._server.add_insecure_port(f"unix:{self.path}")
         except RuntimeError as exc:
             raise KubeletError(f"{self.path.parent}: no socket can be made in it; is its disk full?") from exc
-        finally:
-            os.umask(umask)
         await self._server.start()
-        self._identity = self._socket()
+        self._identity = unixsocket.identity(self.path)
 
     def is_reachable(self) -> bool:
         """Whether our socket is still in the directory: a kubelet that starts removes them all."""
-        return self._identity is not None and self._socket() == self._identity
+        return self._identity is not None and unixsocket.identity(self.path) == self._identity
 
     async def stop(self) -> None:
         await self.plugin.end_streams()
         await self._server.stop(0)
-        if self._socket() == self._identity:
+        if unixsocket.identity(self.path) == self._identity:
             # Where the directory has become read-only it stays behind, and nobody serves it.
             with contextlib.suppress(OSError):
                 self.path.unlink(missing_ok=True)
-
-    def _socket(self) -> tuple[int, int] | None:
-        try:
-            found = self.path.lstat()
-        except OSError:
-            return None
-        return found.st_ino, found.st_ctime_ns
 
 
 def as_list(offer: Offer) -> api_pb2.ListAndWatchResponse:

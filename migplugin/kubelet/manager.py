@@ -27,8 +27,11 @@ from migplugin.core.resource import ResourceName
 from migplugin.errors import KubeletError
 from migplugin.kubelet import sockets
 from migplugin.kubelet.deviceplugin import DevicePlugin, Grant, Server
+from migplugin.unixsocket import explain, is_served
 
 log = logging.getLogger(__name__)
+
+KUBELET = "the kubelet"
 
 Incarnation = tuple[int, int, int]
 
@@ -105,7 +108,7 @@ class Manager:
     def dead(self) -> list[ResourceName]:
         """Registered resources at whose socket nobody listens any more. From any thread."""
         servers = [server for server, _ in tuple(self._servers.values())]
-        return [s.plugin.resource for s in servers if s.is_reachable() and not sockets.is_served(s.path)]
+        return [s.plugin.resource for s in servers if s.is_reachable() and not is_served(s.path)]
 
     async def _watch(self) -> None:
         # Importing watchdog takes as long as registering: first things first.
@@ -130,7 +133,7 @@ class Manager:
     def _is_kubelet_there(self) -> bool:
         """Whether somebody answers at the kubelet's socket; where not, one line says so for all resources."""
         self._look()
-        reason = sockets.explain(self._socket)
+        reason = explain(self._socket, KUBELET)
         if reason and reason != self._away:
             log.warning("no kubelet, waiting for it", extra={"reason": reason})
         self._away = reason
@@ -223,7 +226,7 @@ class Manager:
             )
         self._look()
         # Where nobody answers any more, that is said once for all resources.
-        if self._lives(server, incarnation) and not sockets.explain(self._socket):
+        if self._lives(server, incarnation) and not explain(self._socket, KUBELET):
             raise KubeletError(f"{plugin.resource}: the kubelet ended the list stream")
 
     def _lives(self, server: Server, incarnation: Incarnation) -> bool:
@@ -242,7 +245,7 @@ class Manager:
                 await api_pb2_grpc.RegistrationStub(channel).Register(request, timeout=REGISTER_TIMEOUT)
             except grpc.aio.AioRpcError as exc:
                 why = (
-                    sockets.explain(self._socket)
+                    explain(self._socket, KUBELET)
                     or f"the kubelet refused: {exc.details() or exc.code().name}"
                 )
                 raise KubeletError(f"{resource}: {why}") from exc
