@@ -7,6 +7,7 @@
     │   ├── DriverNotReady      the library is there, the driver behind it is not (yet)
     │   └── DriverTimeout       an NVML call did not come back before its deadline
     ├── KubeletError            the kubelet's socket, directory or answer is not as it must be
+    ├── AgentError              no agent answers at the control socket, or that socket cannot be made
     ├── CdiError                the CDI document cannot be written or removed
     ├── AllocationRefused       a device request that must not be granted
     └── SimulatorError          the simulated driver's state is missing, damaged or says no
@@ -45,6 +46,10 @@ class DriverTimeout(DriverError):
 
 
 class KubeletError(MigpluginError):
+    pass
+
+
+class AgentError(MigpluginError):
     pass
 
 

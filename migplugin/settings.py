@@ -61,6 +61,7 @@ class Settings:
     enable_healthchecks: str
     kubelet_socket: Path
     pod_resources_socket: Path
+    control_socket: Path | None
     poll_interval: float | None
     removal_delay: float
     driver_grace: float
@@ -183,6 +184,10 @@ def parse_path(text: str) -> Path:
     if not text.startswith("/"):
         raise ValueError("expected an absolute path")
     return Path(text)
+
+
+def parse_optional_path(text: str) -> Path | None:
+    return parse_path(text) if text else None
 
 
 def parse_root(text: str) -> str:
@@ -370,6 +375,12 @@ TABLE: tuple[Setting, ...] = (
         commands=_BOTH,
     ),
     Setting(
+        "control_socket", ("MIGPLUGIN_CONTROL_SOCKET",), "", "/run/migplugin/agent.sock", parse_optional_path, "PATH",
+        "Where the running agent answers `migplugin status` and `migplugin health`, for root alone; as a flag without "
+        "a value: nowhere.",
+        commands=_BOTH,
+    ),
+    Setting(
         "poll_interval", ("MIGPLUGIN_POLL_INTERVAL",), _OURS + "pollInterval", "", parse_interval, "DURATION",
         "How often the driver is asked for changes without being told; unset: 60s where it tells of them by "
         "itself, 5s where it does not.",
@@ -396,7 +407,8 @@ TABLE: tuple[Setting, ...] = (
     Setting(
         "state_dir", ("MIGPLUGIN_STATE_DIR",), _OURS + "stateDir", "", parse_root, "PATH",
         "Where sick devices are remembered when the agent is started anew; unset: `migplugin` in the directory of the "
-        "kubelet's socket. To have them all forgotten, stop the agent and remove `health.json` there.",
+        "kubelet's socket. `migplugin health clear` has them forgotten.",
+        commands=_BOTH,
     ),
     Setting(
         "nvml_timeout", ("MIGPLUGIN_NVML_TIMEOUT",), _OURS + "nvmlTimeout", "15s", parse_timeout, "DURATION",

@@ -11,19 +11,22 @@ are made on it later.
 Other ways to get well: what was only a contained error, when no pod holds the device and the driver
 wants nothing done for `recovery_after`; anything else when the driver, asked after the fault, says that
 nothing need be done, and a whole GPU also when it was lost and answers again, which takes a reset. What
-falls sick again within an hour of getting well stays sick until it is made anew, or a person acts.
+falls sick again within an hour of getting well stays sick until it is made anew, or a person acts: whom
+they `clear` is well, and has its chance again.
 
 Signs are what the driver says of a GPU without being told by an event. They need no memory: it is sick
 for as long as they are there.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeAlias
 
 from migplugin.core.inventory import DeviceId, Gpu, GpuUuid, Inventory, MigDevice
+from migplugin.core.resource import device_of
 from migplugin.core.xid import RECOVERY_ACTION_CHANGED, TABLE, Checks, xid
+from migplugin.errors import InputError
 
 UNLISTED = 999
 MOST_XIDS_TOLD = 8
@@ -78,10 +81,14 @@ class Sickness:
         return all(xid(code).is_contained for code in self.xids)
 
     @property
-    def reason(self) -> str:
+    def cause(self) -> str:
         first, *more = self.xids
         others = f" and XID {', '.join(map(str, more))}" if more else ""
-        return f"{xid(first)}{others}, {self.until}"
+        return f"{xid(first)}{others}"
+
+    @property
+    def reason(self) -> str:
+        return f"{self.cause}, {self.until}"
 
     @property
     def until(self) -> str:
@@ -147,9 +154,13 @@ class Health:
     lost: frozenset[GpuUuid] = frozenset()
     ask_after: float = float("-inf")
 
+    def sickness(self, id_: DeviceId, gpu: GpuUuid) -> Sickness | None:
+        """Of what the device `id_` on `gpu` is sick, if faults have made it so."""
+        return self.sick.get(gpu) or self.sick.get(id_)
+
     def why(self, id_: DeviceId, gpu: GpuUuid) -> str:
         """Why the device `id_` on `gpu` is unfit, or ""."""
-        found = self.sick.get(gpu) or self.sick.get(id_)
+        found = self.sickness(id_, gpu)
         return self.signs.get(gpu, "") if found is None else found.reason
 
 
@@ -202,6 +213,52 @@ def fold(
     lost = {gpu.uuid for gpu in inventory.broken if gpu.lost and gpu.uuid is not None}
     still = (health.lost & gpus.keys() | lost) - answering
     return Health(sick, recovered, signs, counts, gpus, frozenset(still), ask_after), tuple(changes)
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """`health` once a person has cleared what was `sick`, by id; `notes` say what is unfit all the same."""
+
+    health: Health
+    sick: Mapping[Subject, Sickness]
+    notes: tuple[str, ...] = ()
+
+
+def clear(health: Health, ids: Collection[str] | None) -> Cleared:
+    """What was sick is well, and has its chance again. `ids` are of MIG devices and whole GPUs, None is all.
+
+    Raises InputError where one of `ids` is not sick, or is so only because the driver says so.
+    """
+    chosen = set(health.sick) if ids is None else {_as_sick(health, id_) for id_ in ids}
+    sick = {id_: sickness for id_, sickness in health.sick.items() if id_ in chosen}
+    left = {id_: sickness for id_, sickness in health.sick.items() if id_ not in chosen}
+    recovered = {} if ids is None else {i: r for i, r in health.recovered.items() if i not in chosen}
+    notes = [
+        f"{id_} stays unhealthy, since its GPU {sickness.gpu} is: {left[sickness.gpu].reason}"
+        for id_, sickness in sick.items()
+        if sickness.gpu in left
+    ]
+    notes += [
+        f"{id_} stays unhealthy for as long as that is true: {sign}"
+        for id_, sign in sorted(health.signs.items())
+        if ids is None or id_ in chosen
+    ]
+    return Cleared(replace(health, sick=left, recovered=recovered), sick, tuple(notes))
+
+
+def _as_sick(health: Health, text: str) -> Subject:
+    """Whom of the sick `text` names. Raises InputError."""
+    id_ = device_of(text.strip())
+    if id_ in health.sick:
+        return id_
+    gpu = next((g.uuid for g in health.gpus.values() for d in g.devices if d.uuid == id_), None)
+    if gpu in health.sick:
+        raise InputError(f"{id_} is not sick by itself, its GPU is: clear {gpu}")
+    for subject in (GpuUuid(id_), gpu):
+        if subject is not None and (sign := health.signs.get(subject)):
+            raise InputError(f"{id_} cannot be cleared: {sign}; the driver says so for as long as it is true")
+    sick = f"sick are {', '.join(sorted(health.sick))}" if health.sick else "nobody is"
+    raise InputError(f"{id_[:100]!r} is not sick; {sick}")
 
 
 def wake_at(health: Health, recovery_after: float) -> list[float]:

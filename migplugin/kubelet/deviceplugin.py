@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 
@@ -38,7 +39,9 @@ Grant = Callable[[ResourceName, Collection[DeviceId]], None]
 
 
 class DevicePlugin(api_pb2_grpc.DevicePluginServicer):
-    """The RPCs of one resource. `grant` is told of every device that Allocate is about to hand out."""
+    """The RPCs of one resource. `grant` is told of every device that Allocate is about to hand out, and
+    refusals are counted in `refused`.
+    """
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class DevicePlugin(api_pb2_grpc.DevicePluginServicer):
         grant: Grant,
         *,
         preferred: bool,
+        refused: Counter[ResourceName] | None = None,
     ) -> None:
         self.resource = resource
         self.listed = asyncio.Event()
@@ -55,6 +59,7 @@ class DevicePlugin(api_pb2_grpc.DevicePluginServicer):
         self._offers = offers
         self._grant = grant
         self._preferred = preferred
+        self._refused = Counter() if refused is None else refused
         self._streams = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -120,6 +125,7 @@ class DevicePlugin(api_pb2_grpc.DevicePluginServicer):
                 )
                 granted += map(DeviceId, ids)
         except AllocationRefused as exc:
+            self._refused[self.resource] += 1
             log.warning("allocation refused", extra={"resource": self.resource, "reason": str(exc)})
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(exc))
         self._grant(self.resource, granted)

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,7 +47,10 @@ STOP_WITHIN = 1.0
 
 
 class Manager:
-    """Serves `offers` to the kubelet at `kubelet_socket`; `incarnation` tells others of a new kubelet."""
+    """Serves `offers` to the kubelet at `kubelet_socket`; `incarnation` tells others of a new kubelet.
+
+    `registered` is set when it first knows a resource; `refused` counts the allocations that were.
+    """
 
     def __init__(
         self,
@@ -57,6 +61,8 @@ class Manager:
         preferred: Callable[[], bool],
     ) -> None:
         self.incarnation: Cell[Incarnation | None] = Cell(None)
+        self.registered = asyncio.Event()
+        self.refused: Counter[ResourceName] = Counter()
         self._socket = kubelet_socket
         self._offers = offers
         self._grant = grant
@@ -65,7 +71,6 @@ class Manager:
         self._tasks: dict[ResourceName, asyncio.Task[None]] = {}
         self._servers: dict[ResourceName, tuple[Server, Incarnation]] = {}
         self._away = ""
-        self._registered = asyncio.Event()
         self._looked = asyncio.Event()
 
     async def run(self) -> None:
@@ -105,6 +110,12 @@ class Manager:
 
         return {resource: is_known(resource) for resource in self._offers.value.resources}
 
+    def registrations(self) -> dict[ResourceName, str]:
+        """How each offered resource stands with the kubelet, in a word or two."""
+        away = "no kubelet" if self._away or self.incarnation.value is None else "not registered"
+        states = self.states()
+        return {name: "registered" if states[name] else away for name in self._offers.value.resources}
+
     def dead(self) -> list[ResourceName]:
         """Registered resources at whose socket nobody listens any more. From any thread."""
         servers = [server for server, _ in tuple(self._servers.values())]
@@ -112,7 +123,7 @@ class Manager:
 
     async def _watch(self) -> None:
         # Importing watchdog takes as long as registering: first things first.
-        await asyncio.wait((asyncio.ensure_future(self._registered.wait()),), timeout=WATCH_WITHIN)
+        await asyncio.wait((asyncio.ensure_future(self.registered.wait()),), timeout=WATCH_WITHIN)
         await DirectoryWatch(self._socket.parent, self._look).run()
 
     def _look(self) -> None:
@@ -189,14 +200,16 @@ class Manager:
                 f"NVIDIA's device plugin serves {resource} at {other}: two plugins drive a resource to 0, "
                 "so remove the DaemonSet nvidia-device-plugin-daemonset (or its node label) first"
             )
-        plugin = DevicePlugin(resource, self._offers, self._grant, preferred=self._preferred())
+        plugin = DevicePlugin(
+            resource, self._offers, self._grant, preferred=self._preferred(), refused=self.refused
+        )
         server = Server(plugin, self._socket.parent)
         incarnation = self.incarnation.value
         assert incarnation is not None, "asked for a kubelet first"
         try:
             await server.start()
             await self._register(server)
-            self._registered.set()
+            self.registered.set()
             self._servers[resource] = server, incarnation
             log.info("registered", extra={"resource": resource, "socket": server.path.name})
             await self._stay(server, incarnation)
