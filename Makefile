@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PROTOS := agent/v1/agent.proto deviceplugin/v1beta1/api.proto podresources/v1/api.proto
 LOCK := uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate
 
-.PHONY: help setup demo test check manifests bench package image fmt protos locks lock-upgrade readme clean
+.PHONY: help setup demo test check manifests bench package image fmt protos locks lock-upgrade derived clean
 .DEFAULT_GOAL := help
 
 help: ## what each target does
@@ -28,7 +28,7 @@ demo: $(STAMP) ## the main job on a simulated node with two A100, told with meas
 test: $(STAMP) ## all tests
 	$(BIN)/python -m pytest
 
-check: $(STAMP) ## ruff, mypy, import layers, stubs, locks, settings table
+check: $(STAMP) ## ruff, mypy, import layers, stubs, locks, settings table, schema
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -67,8 +67,8 @@ lock-upgrade: $(STAMP) ## resolve both lock files anew
 	@$(BIN)/$(LOCK) --upgrade --extra dev pyproject.toml -o requirements-dev.lock
 	@$(BIN)/$(LOCK) --upgrade --constraint requirements-dev.lock pyproject.toml -o requirements.lock
 
-readme: $(STAMP) ## write the settings table of README.md from settings.py
-	@$(BIN)/python .ci/generated.py --write-readme
+derived: $(STAMP) ## write README's settings table and docs/status.schema.json from migplugin/
+	@$(BIN)/python .ci/generated.py --write
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) .tools build dist bench-results .mypy_cache .ruff_cache .pytest_cache .hypothesis

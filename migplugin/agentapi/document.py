@@ -1,5 +1,6 @@
 """The status document as JSON: one form, and one published schema (docs/status.schema.json), everywhere."""
 
+import inspect
 import json
 
 import msgspec
@@ -29,6 +30,10 @@ def text(status: Status) -> str:
 
 
 def schema() -> str:
-    """The JSON Schema of the document."""
+    """The JSON Schema of the document. What it describes is described in the words of the code."""
+    found = msgspec.json.schema(Status)
+    for definition in found["$defs"].values():
+        # Python before 3.13 keeps the margin of docstrings.
+        definition["description"] = inspect.cleandoc(definition["description"]).replace("None", "null")
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": SCHEMA}
-    return json.dumps(dialect | msgspec.json.schema(Status), indent=2)
+    return json.dumps(dialect | found, indent=2)
