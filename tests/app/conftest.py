@@ -61,6 +61,12 @@ class Agent:
         assert found, f"never said {phrase!r} {fields}; it said: {self.lines} {self.stray}"
         return found[0]
 
+    async def until_next(self) -> None:
+        """Returns when it has said something more."""
+        self._changed.clear()
+        async with asyncio.timeout(PATIENCE):
+            await self._changed.wait()
+
     async def end(self, number: int = signal.SIGTERM) -> int:
         """The exit code after a signal; every agent ends without a traceback."""
         if self.process.returncode is None:
