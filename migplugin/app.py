@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 SAFE_REMOVAL_DELAY = 60.0
 USAGE_WITHIN = 1.0
 # Importing and opening the control socket takes the loop as long as a registration does.
-ANSWER_AFTER, ANSWER_PAUSE = 1.0, 0.2
+ANSWER_AFTER, ANSWER_PAUSE, ANSWERED_WITHIN = 1.0, 0.2, 0.5
 OK, FAILED, USAGE, NO_DRIVER, INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -247,10 +247,11 @@ async def _serve(
     began = time.monotonic()
     mute.set()
     manager.stop()
-    await asyncio.gather(serving, answering)
-    for loop in loops:
+    await serving
+    await asyncio.wait((answering,), timeout=ANSWERED_WITHIN)
+    for loop in (answering, *loops):
         loop.cancel()
-    await asyncio.gather(*loops, return_exceptions=True)
+    await asyncio.gather(answering, *loops, return_exceptions=True)
     log.info("stopped", extra={"seconds": time.monotonic() - began})
     return stop.result()
 
