@@ -55,7 +55,7 @@ SAFE_REMOVAL_DELAY = 60.0
 USAGE_WITHIN = 1.0
 # Importing and opening the control socket takes the loop as long as a registration does.
 ANSWER_AFTER, ANSWER_PAUSE, ANSWERED_WITHIN = 1.0, 0.2, 0.5
-OK, FAILED, USAGE, NO_DRIVER, INTERRUPTED = 0, 1, 2, 3, 130
+OK, FAILED, USAGE, NO_DRIVER, LIBRARY_OUTDATED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,8 @@ def _has_dev(root: Path) -> bool:
 
 
 async def serve(settings: Settings, again: Callable[[], Settings]) -> int:
-    """Runs the agent until SIGTERM (answers 0) or SIGINT (130); 3 where the driver must be there and is not.
+    """Runs the agent until SIGTERM (answers 0) or SIGINT (130); 3 where the driver must be there and is not,
+    4 where only a new process can load the library that the driver needs.
 
     `again` resolves the configuration anew when it may have changed.
 
@@ -150,7 +151,14 @@ async def serve(settings: Settings, again: Callable[[], Settings]) -> int:
             where,
             on_geometry=lambda: reconciler.geometry_changed(),  # noqa: PLW0108  made after the driver
             on_fault=lambda: reconciler.fault_arrived(),  # noqa: PLW0108
+            on_news=lambda: reconciler.look_soon(),  # noqa: PLW0108
         )
+
+        def outdated(reason: str) -> None:
+            if not stop.done():
+                log.error("the NVML library is outdated, ending to be started anew", extra={"reason": reason})
+                stop.set_result(LIBRARY_OUTDATED)
+
         reconciler = Reconciler(
             driver,
             _usage(settings),
@@ -158,6 +166,7 @@ async def serve(settings: Settings, again: Callable[[], Settings]) -> int:
             Pace(settings.poll_interval),
             preparations=_preparations(settings, where),
             record=HealthFile(_state_dir(settings), where.proc),
+            on_outdated=outdated,
         )
 
         def reconfigure(new: Settings) -> None:
@@ -339,9 +348,11 @@ async def clear_health(settings: Settings, ids: Sequence[str] | None) -> list[st
     try:
         with roots(settings) as where:
             file = HealthFile(_state_dir(settings), where.proc)
-            cleared = clear(file.load(time.monotonic()), ids)
+            found = file.load(time.monotonic())
+            cleared = clear(found, ids)
             try:
-                file.write(cleared.health)
+                if cleared.health != found:
+                    file.write(cleared.health)
             except OSError as exc:
                 reason = f"{file.path}: {(exc.strerror or str(exc)).lower()}"
                 raise AgentError(f"{reason}; nobody is cleared until it can be written") from exc
@@ -361,7 +372,7 @@ async def _look(settings: Settings) -> "Status":
     from migplugin.core.status import status as describe  # noqa: PLC0415
 
     with roots(settings) as where:
-        driver = _driver(settings, where, on_geometry=lambda: None, on_fault=lambda: None)
+        driver = _driver(settings, where)
         logging.getLogger("migplugin").setLevel(logging.CRITICAL)  # what it would log is what is printed
         reconciler = Reconciler(driver, _usage(settings), options(settings), Pace())
         remembered = HealthFile(_state_dir(settings), where.proc).load(reconciler.world.now)
@@ -375,7 +386,12 @@ async def _look(settings: Settings) -> "Status":
 
 
 def _driver(
-    settings: Settings, where: Roots, on_geometry: Callable[[], None], on_fault: Callable[[], None]
+    settings: Settings,
+    where: Roots,
+    *,
+    on_geometry: Callable[[], None] = lambda: None,
+    on_fault: Callable[[], None] = lambda: None,
+    on_news: Callable[[], None] = lambda: None,
 ) -> Driver:
     library = where.library
     return Driver(
@@ -387,6 +403,7 @@ def _driver(
         deadline=settings.nvml_timeout,
         on_geometry=on_geometry,
         on_fault=on_fault,
+        on_news=on_news,
     )
 
 
@@ -507,7 +524,7 @@ async def cdi_document(settings: Settings) -> Mapping[str, Any] | None:
     Raises InputError or SimulatorError for a simulation that cannot be made, DriverError.
     """
     with roots(settings) as where:
-        driver = _driver(settings, where, on_geometry=lambda: None, on_fault=lambda: None)
+        driver = _driver(settings, where)
         logging.getLogger("migplugin").setLevel(logging.CRITICAL)  # stderr is for what is wrong with it
         try:
             inventory = await driver.look()

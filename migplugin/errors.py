@@ -5,6 +5,7 @@
     ├── DriverError             an NVML call was refused or did not answer
     │   ├── LibraryMissing      there is no libnvidia-ml.so.1 to load
     │   ├── DriverNotReady      the library is there, the driver behind it is not (yet)
+    │   ├── LibraryOutdated     the loaded library is not that of the driver: only a new process has another
     │   └── DriverTimeout       an NVML call did not come back before its deadline
     ├── KubeletError            the kubelet's socket, directory or answer is not as it must be
     ├── AgentError              no agent answers at the control socket, or that socket cannot be made
@@ -38,6 +39,10 @@ class LibraryMissing(DriverError):
 
 
 class DriverNotReady(DriverError):
+    pass
+
+
+class LibraryOutdated(DriverError):
     pass
 
 

@@ -2,9 +2,9 @@
 
 It lies in a directory of its own, since the kubelet empties its device-plugin directory of files at each
 start. It is written when something fell sick or got well and never flushed: it must outlive the process,
-not the machine. A file of before the last boot, or of before the driver was loaded, is history: said, and
-not acted on, for either may have cured what is in it. Lost or corrupt: everything starts clean, and that
-is said.
+not the machine. A file of before the last boot is history: said, and not acted on, for that may have cured
+what is in it; so may loading the driver anew, which the health itself knows. Lost or corrupt: everything
+starts clean, and that is said.
 """
 
 import json
@@ -22,7 +22,7 @@ MAX_BYTES = 16 << 20
 
 
 class HealthFile:
-    """One file in `directory`, which is made with it. `proc_root` tells which boot and driver it is of."""
+    """One file in `directory`, which is made with it. `proc_root` tells which boot it is of."""
 
     def __init__(self, directory: Path, proc_root: Path) -> None:
         self._path = directory / NAME
@@ -49,7 +49,7 @@ class HealthFile:
                 extra={"path": str(self._path), "reason": str(exc)},
             )
             return Health()
-        if document.get("stamp") == self._stamp():
+        if document.get("boot") == self._boot():
             for id_, sickness in health.sick.items():
                 log.warning(
                     "still sick", extra={"device": id_, "gpu": sickness.gpu, "reason": sickness.reason}
@@ -57,7 +57,7 @@ class HealthFile:
             return health
         for id_, sickness in health.sick.items():
             log.info(
-                "was sick before the machine or the driver was started anew",
+                "was sick before the machine was started anew",
                 extra={"device": id_, "gpu": sickness.gpu, "reason": sickness.reason},
             )
         return Health()
@@ -81,23 +81,13 @@ class HealthFile:
             return
         scratch = self._path.with_suffix(".new")
         self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        scratch.write_text(json.dumps({"stamp": self._stamp(), "health": wanted}, indent=1) + "\n")
+        scratch.write_text(json.dumps({"boot": self._boot(), "health": wanted}, indent=1) + "\n")
         scratch.replace(self._path)
         self._saved, self._told = wanted, False
 
-    def _stamp(self) -> dict[str, str]:
-        """The boot, and the loaded driver: its version and, where we may see it, its address in the kernel.
-
-        The kernel does not tell when a module was loaded; the address changes when it is loaded anew.
-        """
+    def _boot(self) -> str:
         own, ours = "sys/kernel/random/boot_id", Path("/proc")
-        modules = (line.split() for line in _read(self._proc_root / "modules").splitlines())
-        address = next((words[5] for words in modules if len(words) > 5 and words[0] == "nvidia"), "")
-        return {
-            "boot": (_read(self._proc_root / own) or _read(ours / own)).strip(),
-            "driver": _read(self._proc_root / "driver/nvidia/version").partition("\n")[0],
-            "address": address,
-        }
+        return (_read(self._proc_root / own) or _read(ours / own)).strip()
 
 
 def _read(path: Path) -> str:

@@ -1,6 +1,7 @@
 """What the loops need of the edges; mypy proves in `app` that the edges fit."""
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,8 +16,9 @@ class Driver(Protocol):
     def events_work(self) -> bool:
         """Whether the driver tells of every change of geometry by itself."""
 
-    async def look(self, *, suspect: bool = False) -> Inventory:
-        """Everything the driver says now; `suspect` where an event said that something changed.
+    async def look(self, *, suspect: bool = False, processes_of: AbstractSet[str] = frozenset()) -> Inventory:
+        """Everything the driver says now; `suspect` where an event said that something changed. Whether
+        something runs on them is asked of those ids alone.
 
         Raises DriverError, of which DriverTimeout means that it did not answer in time.
         """

@@ -29,11 +29,11 @@ from migplugin.core.decide import (
     World,
     decide,
 )
-from migplugin.core.health import Cleared, Fault, clear
+from migplugin.core.health import Cleared, Fault, clear, suspects
 from migplugin.core.inventory import DeviceId, Inventory
 from migplugin.core.resource import ResourceName
 from migplugin.core.xid import xid
-from migplugin.errors import DriverError
+from migplugin.errors import DriverError, LibraryOutdated
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,8 @@ class Pace:
 class Reconciler:
     """Keeps `offers` true. `world` is what is known, `decided` what the last decision was made of and
     `outcome` what it said.
+
+    `on_outdated` is called with the reason when no later look of this process can succeed.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Reconciler:
         *,
         preparations: Sequence[Preparation] = (),
         record: HealthRecord | None = None,
+        on_outdated: Callable[[str], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.offers: Cell[Offers] = Cell(Offers())
@@ -82,6 +85,7 @@ class Reconciler:
         self._pace = pace
         self._preparations = preparations
         self._record = record
+        self._on_outdated = on_outdated
         self._clock = clock
         self._leases: dict[Key, float] = {}
         self._wake = asyncio.Event()
@@ -152,6 +156,11 @@ class Reconciler:
         self._decide()
         self._wake.set()
         return cleared
+
+    def look_soon(self) -> None:
+        """An event says that the driver has news, of another kind than geometry."""
+        self._look_at = self._clock()
+        self._wake.set()
 
     def geometry_changed(self) -> None:
         """An event says that instances came or went."""
@@ -254,7 +263,9 @@ class Reconciler:
         try:
             inventory = await self._look_and_judge(suspect=suspect)
         except DriverError as exc:
-            if self.world.driver_failed is None or str(exc) != self.world.driver_error:
+            if isinstance(exc, LibraryOutdated):
+                self._on_outdated(str(exc))
+            elif self.world.driver_failed is None or str(exc) != self.world.driver_error:
                 log.warning("the driver does not answer, will try again", extra={"reason": str(exc)})
             failed = self.world.driver_failed if self.world.driver_failed is not None else self._clock()
             self.world = replace(self.world, driver_failed=failed, driver_error=str(exc))
@@ -272,7 +283,8 @@ class Reconciler:
 
     async def _look_and_judge(self, *, suspect: bool) -> Inventory:
         """What the driver says. A driver that is slow to say it holds back no XID."""
-        looking = asyncio.ensure_future(self._driver.look(suspect=suspect))
+        asked = suspects(self.outcome.memory.health if self.outcome is not None else self.world.memory.health)
+        looking = asyncio.ensure_future(self._driver.look(suspect=suspect, processes_of=asked))
         try:
             while not looking.done():
                 await asyncio.wait((looking,), timeout=FAULTS_AGAIN)

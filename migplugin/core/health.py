@@ -8,14 +8,17 @@ that was seen to be absent, or to have become another, is a new one when it retu
 not answer is not absent, and keeps its sick. A whole GPU that is sick has only sick devices, also those that
 are made on it later.
 
-Other ways to get well: what was only a contained error, when no pod holds the device and the driver
-wants nothing done for `recovery_after`; anything else when the driver, asked after the fault, says that
-nothing need be done, and a whole GPU also when it was lost and answers again, which takes a reset. What
-falls sick again within an hour of getting well stays sick until it is made anew, or a person acts: whom
-they `clear` is well, and has its chance again.
+Other ways to get well: what was only a contained error, when for `recovery_after` no pod holds the device
+and the driver sees no process on it and wants nothing done; anything else when the driver, asked after the
+fault, says that nothing need be done, and a whole GPU also when it was lost and answers again, which takes a
+reset. What falls sick again within an hour of getting well stays sick until it is made anew, or a person
+acts: whom they `clear` is well, and has its chance again.
 
-Signs are what the driver says of a GPU without being told by an event. They need no memory: it is sick
-for as long as they are there.
+Signs are what the driver says without being told by an event, of a GPU or of one device. They need no
+memory: it is sick for as long as they are there. Only that a device's files have vanished takes two
+looks: in a container many are not shown at all (capabilities), and invisible is not vanished.
+
+When the kernel module was loaded anew, or another one was, every GPU has been reset: all is over.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -139,20 +142,25 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """`sick` is by MIG UUID, or by GPU UUID for a whole GPU; so is `recovered`, of the last hour.
+    """`sick` is by MIG UUID, or by GPU UUID for a whole GPU; so are `recovered`, of the last hour, and
+    `signs`, what the driver has against it.
 
-    `signs` says what the driver has against a GPU. `counts` are of all XIDs that ever came, by code. `gpus`
-    is each GPU as it last answered, for faults of one that no longer does, and `lost` are those that are. The
-    driver is to be asked what it wants done about what came at `ask_after`.
+    `counts` are of all XIDs that ever came, by code. `gpus` is each GPU as it last answered, for faults of
+    one that no longer does, and `lost` are those that are. `filed` are the instances whose files were seen.
+    The driver is to be asked what it wants done about what came at `ask_after`. `driver` and `module` say
+    which driver all this was with, "" before the first look.
     """
 
     sick: Mapping[Subject, Sickness] = field(default_factory=dict)
     recovered: Mapping[Subject, Recovery] = field(default_factory=dict)
-    signs: Mapping[GpuUuid, str] = field(default_factory=dict)
+    signs: Mapping[Subject, str] = field(default_factory=dict)
     counts: Mapping[int, int] = field(default_factory=dict)
     gpus: Mapping[GpuUuid, Gpu] = field(default_factory=dict)
     lost: frozenset[GpuUuid] = frozenset()
+    filed: frozenset[Instance] = frozenset()
     ask_after: float = float("-inf")
+    driver: str = ""
+    module: int | None = None
 
     def sickness(self, id_: DeviceId, gpu: GpuUuid) -> Sickness | None:
         """Of what the device `id_` on `gpu` is sick, if faults have made it so."""
@@ -161,7 +169,7 @@ class Health:
     def why(self, id_: DeviceId, gpu: GpuUuid) -> str:
         """Why the device `id_` on `gpu` is unfit, or ""."""
         found = self.sickness(id_, gpu)
-        return self.signs.get(gpu, "") if found is None else found.reason
+        return self.signs.get(gpu) or self.signs.get(id_, "") if found is None else found.reason
 
 
 def fold(
@@ -171,17 +179,20 @@ def fold(
     inventory = scene.inventory
     if inventory is None:
         return health, ()
-    gpus = _known(health, inventory)
+    gpus, reloaded = _known(health, inventory), _was_reloaded(health, inventory)
     sick: dict[Subject, Sickness] = {}
     recovered = {
         id_: recovery
         for id_, recovery in health.recovered.items()
-        if scene.now < recovery.at + RELAPSE_WITHIN and not _is_over(recovery.sickness, inventory, gpus)
+        if scene.now < recovery.at + RELAPSE_WITHIN
+        and not (reloaded or _is_over(recovery.sickness, inventory, gpus))
     }
     changes = []
     for id_, before in health.sick.items():
         sickness = _rest(before, scene, gpus)
-        if _is_over(sickness, inventory, gpus):
+        if reloaded:
+            well = "the driver was loaded anew"
+        elif _is_over(sickness, inventory, gpus):
             well = "gone or made anew"
         elif not any(checks.make_sick(xid(code)) for code in sickness.xids):
             well = "no longer checked for"
@@ -207,12 +218,23 @@ def fold(
             if known is None:
                 changes.append(Change(id_, fault.gpu, sick=True, reason=sick[id_].reason))
 
-    signs = {uuid: gpu.signs.complaint for uuid, gpu in gpus.items() if checks.signs and gpu.signs.complaint}
-    changes += _changed_signs(health.signs, signs)
+    signs = dict(_complaints(health, gpus)) if checks.signs else {}
+    changes += _changed_signs(health, signs, gpus)
     answering = {gpu.uuid for gpu in inventory.gpus}
     lost = {gpu.uuid for gpu in inventory.broken if gpu.lost and gpu.uuid is not None}
-    still = (health.lost & gpus.keys() | lost) - answering
-    return Health(sick, recovered, signs, counts, gpus, frozenset(still), ask_after), tuple(changes)
+    now = Health(
+        sick,
+        recovered,
+        signs,
+        counts,
+        gpus,
+        lost=frozenset((health.lost & gpus.keys() | lost) - answering),
+        filed=frozenset(_filed(health, gpus)),
+        ask_after=ask_after,
+        driver=inventory.driver_version,
+        module=inventory.module,
+    )
+    return now, tuple(changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,9 +276,9 @@ def _as_sick(health: Health, text: str) -> Subject:
     gpu = next((g.uuid for g in health.gpus.values() for d in g.devices if d.uuid == id_), None)
     if gpu in health.sick:
         raise InputError(f"{id_} is not sick by itself, its GPU is: clear {gpu}")
-    for subject in (GpuUuid(id_), gpu):
+    for subject in (id_, gpu):
         if subject is not None and (sign := health.signs.get(subject)):
-            raise InputError(f"{id_} cannot be cleared: {sign}; the driver says so for as long as it is true")
+            raise InputError(f"{id_} cannot be cleared: {sign}; that is over when it is no longer so")
     sick = f"sick are {', '.join(sorted(health.sick))}" if health.sick else "nobody is"
     raise InputError(f"{id_[:100]!r} is not sick; {sick}")
 
@@ -278,12 +300,20 @@ def look_at(health: Health, looked: float) -> float | None:
     waiting = [
         looked + LOOK_EVERY if looked >= sickness.last + BELIEVED_AFTER else sickness.last + BELIEVED_AFTER
         for sickness in health.sick.values()
-        if not sickness.stays and _action(health.gpus.get(sickness.gpu)) is not None
+        if not sickness.stays
+        and (sickness.is_contained or _action(health.gpus.get(sickness.gpu)) is not None)
     ]
     waiting += [looked + LOOK_EVERY for _ in health.signs]
     if looked < health.ask_after and any(_action(gpu) is not None for gpu in health.gpus.values()):
         waiting.append(health.ask_after)
     return min(waiting, default=None)
+
+
+def suspects(health: Health) -> frozenset[Subject]:
+    """Of whom the driver is to be asked whether a process runs there: who gets well when left alone."""
+    return frozenset(
+        id_ for id_, sickness in health.sick.items() if sickness.is_contained and not sickness.stays
+    )
 
 
 def awaits_release(health: Health, recovery_after: float) -> Mapping[DeviceId, float]:
@@ -301,6 +331,12 @@ def _known(health: Health, inventory: Inventory) -> Mapping[GpuUuid, Gpu]:
     silent = {gpu.uuid for gpu in inventory.broken}
     kept = {uuid: gpu for uuid, gpu in health.gpus.items() if uuid in silent or None in silent}
     return kept | {gpu.uuid: gpu for gpu in inventory.gpus}
+
+
+def _was_reloaded(health: Health, inventory: Inventory) -> bool:
+    """Whether another driver answers than the one before, or the same one anew."""
+    modules = {health.module, inventory.module} - {None}
+    return bool(health.driver) and (health.driver != inventory.driver_version or len(modules) > 1)
 
 
 def _is_over(sickness: Sickness, inventory: Inventory, gpus: Mapping[GpuUuid, Gpu]) -> bool:
@@ -333,7 +369,7 @@ def _rest(sickness: Sickness, scene: Scene, gpus: Mapping[GpuUuid, Gpu]) -> Sick
         and not _action(gpu)
         and scene.held_known is not None
         and scene.held_known > sickness.last
-        and not scene.held & _pinning(sickness, gpu)
+        and not (scene.held | scene.inventory.running) & _pinning(sickness, gpu)
     )
     since = scene.now if sickness.idle_since is None else sickness.idle_since
     return replace(sickness, idle_since=since if rests else None)
@@ -393,9 +429,36 @@ def _worse(before: Sickness | None, fault: Fault, device: Instance | None, *, st
     return replace(before, xids=xids, last=max(before.last, fault.last), idle_since=None)
 
 
-def _changed_signs(before: Mapping[GpuUuid, str], after: Mapping[GpuUuid, str]) -> Iterable[Change]:
-    for uuid in sorted(before.keys() | after.keys()):
-        if before.get(uuid) != after.get(uuid):
-            sick = uuid in after
-            reason = after[uuid] if sick else f"no longer said: {before[uuid]}"
-            yield Change(uuid, uuid, sick=sick, reason=reason)
+def _complaints(health: Health, gpus: Mapping[GpuUuid, Gpu]) -> Iterable[tuple[Subject, str]]:
+    for gpu in gpus.values():
+        if gpu.signs.complaint:
+            yield gpu.uuid, gpu.signs.complaint
+        for device in gpu.devices:
+            if device.files is False and _instance(device) in health.filed:
+                yield device.uuid, "its capability files are gone: no container could open it"
+            elif device.uncorrected and gpu.signs.action is None:
+                yield (
+                    device.uuid,
+                    f"{device.uncorrected} uncorrected memory errors (ECC): reset its GPU or make it anew",
+                )
+
+
+def _filed(health: Health, gpus: Mapping[GpuUuid, Gpu]) -> Iterable[Instance]:
+    for gpu in gpus.values():
+        for device in gpu.devices:
+            if device.files or _instance(device) in health.filed:
+                yield _instance(device)
+
+
+def _changed_signs(
+    health: Health, after: Mapping[Subject, str], gpus: Mapping[GpuUuid, Gpu]
+) -> Iterable[Change]:
+    before = health.signs
+    owners = {
+        device.uuid: gpu.uuid for gpu in (*health.gpus.values(), *gpus.values()) for device in gpu.devices
+    }
+    for id_ in sorted(before.keys() | after.keys()):
+        if before.get(id_) != after.get(id_):
+            sick = id_ in after
+            reason = after[id_] if sick else f"no longer said: {before[id_]}"
+            yield Change(id_, owners.get(DeviceId(id_), GpuUuid(id_)), sick=sick, reason=reason)

@@ -1,8 +1,8 @@
 """Health as a document, so that a restart of the agent makes nobody well.
 
-Only what a restart must not change is in it: who is sick and of what, and who got well of late. Times are of
-the machine's monotonic clock: they mean something to every process until the machine starts again, and
-then the document is history anyway (`stamp`).
+Only what a restart must not change is in it: who is sick and of what, who got well of late, and with which
+driver: `fold` ends all when it meets another. Times are of the machine's monotonic clock: they mean
+something to every process until the machine starts again, and then the document is history anyway.
 """
 
 from collections.abc import Mapping
@@ -17,6 +17,8 @@ VERSION = 1
 def record(health: Health) -> dict[str, Any]:
     return {
         "version": VERSION,
+        "driver": health.driver,
+        "module": health.module,
         "sick": [_sickness(sickness) for sickness in health.sick.values()],
         "recovered": [{"at": r.at, **_sickness(r.sickness)} for r in health.recovered.values()],
     }
@@ -31,9 +33,16 @@ def restore(document: object, now: float) -> Health:
         recovered = [
             Recovery(min(float(entry["at"]), now), _restored(entry, now)) for entry in document["recovered"]
         ]
+        driver, module = str(document["driver"]), document["module"]
+        module = None if module is None else int(module)
     except (KeyError, TypeError, AttributeError) as exc:
         raise ValueError(f"not a record of health: {type(exc).__name__} {exc}") from exc
-    return Health({_subject(s): s for s in sick}, {_subject(r.sickness): r for r in recovered})
+    return Health(
+        {_subject(s): s for s in sick},
+        {_subject(r.sickness): r for r in recovered},
+        driver=driver,
+        module=module,
+    )
 
 
 def _subject(sickness: Sickness) -> Subject:

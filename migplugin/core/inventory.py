@@ -45,8 +45,9 @@ class MigDevice:
     """A live compute instance in its GPU instance.
 
     `index` is its slot for NVML's ByIndex call: sparse, and no identity. `gi_minor` and `ci_minor` name
-    the capability nodes; their modes are None where the driver's files are hidden, which makes no other
-    device of it.
+    the capability nodes. The rest makes no other device of it: their modes, None where the driver's files
+    are hidden; `files`, whether its own are there, None where the tree cannot be seen; and `uncorrected`, the
+    memory errors (ECC) that the driver counts against it, None where it does not.
     """
 
     uuid: DeviceId
@@ -62,18 +63,23 @@ class MigDevice:
     ci_minor: int | None
     gi_mode: int | None = field(default=None, compare=False)
     ci_mode: int | None = field(default=None, compare=False)
+    files: bool | None = field(default=None, compare=False)
+    uncorrected: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Signs:
     """What the driver says of a GPU's fitness when it is asked; None where it does not know the question.
 
-    `action` is what it wants done: 0 nothing, else a number of `ACTIONS` or a newer one.
+    `action` is what it wants done: 0 nothing, else a number of `ACTIONS` or a newer one. `uncorrected` counts
+    the memory errors (ECC) since the driver was loaded or the GPU reset. An `action`, also none, outranks
+    what is only counted or pending.
     """
 
     action: int | None = None
     remap_pending: bool | None = None
     remap_failed: bool | None = None
+    uncorrected: int | None = None
 
     @property
     def complaint(self) -> str:
@@ -84,6 +90,8 @@ class Signs:
             return "remapping a memory row failed: this GPU needs its vendor"
         if self.remap_pending and self.action is None:
             return "a memory row waits to be remapped: reset this GPU"
+        if self.uncorrected and self.action is None:
+            return f"{self.uncorrected} uncorrected memory errors (ECC): reset this GPU"
         return ""
 
 
@@ -142,6 +150,8 @@ class Inventory:
     """`unreadable` says in one sentence each what the driver refused to tell, for example placements.
 
     `links` is how near pairs of GPUs are to each other, as NVIDIA counts it (nvidia-device-plugin.md 5).
+    `running` are the ids of those, of whom that was asked, on which the driver sees a process. `module` tells
+    one loading of the kernel module from another; None where sysfs does not show it.
     """
 
     driver_version: str
@@ -150,6 +160,8 @@ class Inventory:
     control_nodes: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
     links: Mapping[tuple[GpuUuid, GpuUuid], int] = field(default_factory=dict)
+    running: frozenset[str] = frozenset()
+    module: int | None = None
 
     def devices(self) -> Iterator[tuple[Gpu, MigDevice]]:
         """Every MIG device with its GPU, in order of GPU index, GPU instance and compute instance."""

@@ -18,7 +18,7 @@ from migplugin.core.resource import ResourceName, device_of
 SCHEMA = "migplugin/status/v1"
 HEALTHY, UNHEALTHY = "healthy", "unhealthy"
 BY_AGENT, BY_COMMAND = "agent", "command"
-UNTIL_UNSAID = "until the driver no longer says so"
+UNTIL_UNSAID = "until that is no longer so"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +120,8 @@ class SickStatus:
     """What faults have made sick, or what the driver has something against.
 
     `id` is the UUID of a MIG device or, where `profile` is None, of a whole GPU with all that is on it.
-    `sick_for` is in seconds. What is not `clearable` is so for as long as the driver says so, whatever a
-    person does about it.
+    `sick_for` is in seconds. What is not `clearable` is seen by asking the driver, and lasts for as long as
+    it is so.
     """
 
     id: str
@@ -316,10 +316,10 @@ class _View:
             )
             for id_, sickness in health.sick.items()
         ]
-        found += [
-            SickStatus(id_, index.get(id_), None, sign, UNTIL_UNSAID, None, clearable=False)
-            for id_, sign in health.signs.items()
-        ]
+        profile = {d.uuid: (gpu.uuid, d.profile) for gpu in health.gpus.values() for d in gpu.devices}
+        for id_, sign in health.signs.items():
+            gpu, of = profile.get(DeviceId(id_), (id_, None))
+            found.append(SickStatus(id_, index.get(gpu), of, sign, UNTIL_UNSAID, None, clearable=False))
         return tuple(sorted(found, key=lambda s: (s.gpu_index is None, s.gpu_index, s.id, s.clearable)))
 
     def resource(self, name: ResourceName) -> ResourceStatus:

@@ -23,7 +23,7 @@ import grpc.aio
 from migplugin import unixsocket
 from migplugin._proto.deviceplugin.v1beta1 import api_pb2, api_pb2_grpc
 from migplugin.aio import Cell, first_of
-from migplugin.core.allocation import Edits, Offer, Offers, edits
+from migplugin.core.allocation import CDI_ANNOTATIONS, Edits, Offer, Offers, edits
 from migplugin.core.inventory import DeviceId
 from migplugin.core.preference import prefer
 from migplugin.core.resource import ResourceName
@@ -118,11 +118,12 @@ class DevicePlugin(api_pb2_grpc.DevicePluginServicer):
         try:
             if not request.container_requests:
                 raise AllocationRefused(f"{self.resource}: a request without containers")
+            offers = self._offers.value
+            is_annotated = CDI_ANNOTATIONS in offers.edits.device_list_strategies
             for container in request.container_requests:
                 ids = container.devices_ids
-                answer.container_responses.append(
-                    as_response(edits(self.resource, ids, self._offers.value, _token()))
-                )
+                token = _token() if is_annotated else ""
+                answer.container_responses.append(as_response(edits(self.resource, ids, offers, token)))
                 granted += map(DeviceId, ids)
         except AllocationRefused as exc:
             self._refused[self.resource] += 1

@@ -10,34 +10,25 @@ before pynvml looks for it, or an object that stands in for one (the simulator).
 """
 
 import ctypes
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NewType
+from typing import Any, NewType, TypeVar
 
 import pynvml
 
-from migplugin.errors import DriverError, DriverNotReady, LibraryMissing
+from migplugin.errors import DriverError, DriverNotReady, LibraryOutdated
 from migplugin.nvml.codes import ABSENT, GONE, LOST, Code, describe
-
-log = logging.getLogger(__name__)
+from migplugin.nvml.library import Library, find
 
 Handle = NewType("Handle", object)
 
-SONAME = "libnvidia-ml.so.1"
-# Where NVIDIA's own plugin looks below the driver root (nvidia-device-plugin.md 1.1).
-LIBRARY_DIRECTORIES = (
-    "usr/lib64",
-    "usr/lib/x86_64-linux-gnu",
-    "usr/lib/aarch64-linux-gnu",
-    "lib64",
-    "lib/x86_64-linux-gnu",
-    "lib/aarch64-linux-gnu",
-)
+T = TypeVar("T")
 
+DOUBLE_BIT_ECC = 0x2
 XID_CRITICAL = 0x8
 MIG_CONFIG_CHANGE = 0x100
+UNCORRECTED, VOLATILE, SRAM = 1, 0, 7  # nvmlMemoryErrorType_t, nvmlEccCounterType_t, nvmlMemoryLocation_t
 RECOVERY_ACTION, REMAP_PENDING, REMAP_FAILED = 230, 144, 145  # fields of nvmlDeviceGetFieldValues
 WHOLE = 0xFFFFFFFF  # a GI or CI id that says: not one instance but all of them
 LAST_KNOWN_GI_PROFILE = 0x11
@@ -88,52 +79,17 @@ class Event:
     ci: int | None
 
 
-def load(library: object | None = None, *, search: Path | None = None) -> None:
+def load(library: object | None = None, *, search: Path | None = None) -> Library:
     """Makes pynvml speak to `library`, or to the driver's own found below `search` or by its soname.
 
     Raises LibraryMissing, naming what can be done about it.
     """
-    if library is None:
-        library = _find(search)
-    pynvml.nvmlLib = library
+    loaded = find(search) if library is None else Library(library)
+    pynvml.nvmlLib = loaded.functions
     # pynvml keeps every function it has looked up, and a count of its users, for ever.
     pynvml._nvmlGetFunctionPointer_cache.clear()  # noqa: SLF001
     pynvml._nvmlLib_refcount = 0  # noqa: SLF001
-
-
-def _find(search: Path | None) -> ctypes.CDLL:
-    unloadable = ""
-    for directory in LIBRARY_DIRECTORIES if search is not None else ():
-        path = (search or Path("/")) / directory / SONAME
-        try:
-            path.lstat()
-            library = ctypes.CDLL(str(path))
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as exc:
-            # Also of a link that leads out of the mounted root, and of a directory that we may not enter.
-            unloadable = unloadable or f"{path} cannot be loaded ({exc}); "
-            continue
-        log.info("NVML library", extra={"path": str(path)})
-        return library
-    try:
-        library = ctypes.CDLL(SONAME)
-    except OSError as exc:
-        where = (
-            "not known to the dynamic linker"
-            if search is None
-            else f"not below {search}, nor known to the linker"
-        )
-        at = "" if search is None else f" at {search}"
-        raise LibraryMissing(
-            f"{unloadable}{SONAME} is {where}: run this container with the NVIDIA runtime "
-            f"(runtimeClassName: nvidia), or mount the host's driver root{at}"
-        ) from exc
-    if unloadable:
-        log.warning(
-            "the driver root's NVML library was passed over", extra={"reason": unloadable.strip("; ")}
-        )
-    return library
+    return loaded
 
 
 def call(name: str, *args: Any, **options: Any) -> Any:
@@ -148,7 +104,9 @@ def call(name: str, *args: Any, **options: Any) -> Any:
     except UnicodeDecodeError:
         # A GPU that answers no text where there must be one is broken, and breaks no other.
         code = Code.UNKNOWN
-    if code in {Code.DRIVER_NOT_LOADED, Code.LIB_RM_VERSION_MISMATCH}:
+    if code == Code.LIB_RM_VERSION_MISMATCH:
+        raise LibraryOutdated(f"{name}: {describe(code)}", call=name, code=code)
+    if code == Code.DRIVER_NOT_LOADED:
         raise DriverNotReady(f"{name}: {describe(code)}", call=name, code=code)
     raise DriverError(f"{name}: {describe(code)}", call=name, code=code)
 
@@ -238,19 +196,43 @@ def memory_bytes(handle: Handle) -> int:
 
 
 def fields(handle: Handle, *wanted: int) -> dict[int, int]:
-    """The values of those fields, all small numbers, that this driver knows of this GPU.
+    """The values of those fields, all small numbers, that this driver knows of this GPU."""
+    values = _if_told(lambda: call("nvmlDeviceGetFieldValues", handle, wanted)) or ()
+    return {int(found.fieldId): _number(found) for found in values if found.nvmlReturn == 0}
 
-    However it refuses, a GPU is not broken for that, unless it says that it is lost.
+
+def uncorrected_errors(handle: Handle) -> int | None:
+    """Memory errors (ECC) of a GPU since the driver was loaded; None where that is not told."""
+    return _if_told(lambda: int(call("nvmlDeviceGetTotalEccErrors", handle, UNCORRECTED, VOLATILE)))
+
+
+def uncorrected_errors_of_instance(mig_handle: Handle) -> int | None:
+    """The same of a MIG device, in its SRAM: of no other memory a driver says whose they were (nvml.h)."""
+    return _if_told(
+        lambda: int(call("nvmlDeviceGetMemoryErrorCounter", mig_handle, UNCORRECTED, VOLATILE, SRAM))
+    )
+
+
+def runs_something(handle: Handle) -> bool:
+    """Whether the driver sees a compute process there. That it sees none means little: without the host's PID
+    namespace it leaves out those of others, with success (nvml.md 3).
+    """
+    return bool(_if_told(lambda: call("nvmlDeviceGetComputeRunningProcesses", handle)))
+
+
+def _if_told(function: Callable[[], T]) -> T | None:
+    """What a question of fitness is answered.
+
+    However the driver refuses, a GPU is not broken for that, unless it is said to be lost.
     """
     try:
-        values = call("nvmlDeviceGetFieldValues", handle, wanted)
-    except DriverNotReady:
+        return function()
+    except (DriverNotReady, LibraryOutdated):
         raise
     except DriverError as exc:
         if exc.code in LOST:
             raise
-        return {}
-    return {int(found.fieldId): _number(found) for found in values if found.nvmlReturn == 0}
+        return None
 
 
 def _number(found: Any) -> int:

@@ -84,6 +84,18 @@ def numa_node(sysfs_root: Path, pci_address: str) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
+def loaded_module(sysfs_root: Path) -> int | None:
+    """What tells one loading of the kernel module from another: the inode of its directory in sysfs.
+
+    The kernel counts these numbers up (kernfs) and shows the same ones in every container, while it tells
+    nobody when a module was loaded, and its address to the privileged only.
+    """
+    try:
+        return (sysfs_root / "module/nvidia").stat().st_ino
+    except OSError:
+        return None
+
+
 def _read(path: Path) -> str:
     try:
         with path.open("rb") as file:

@@ -15,14 +15,16 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from migplugin.aio import Mailbox, OwnerThread
 from migplugin.core.health import Fault
 from migplugin.core.inventory import GpuUuid, Inventory, MigDevice
-from migplugin.errors import DriverError, DriverTimeout
+from migplugin.errors import DriverError, DriverTimeout, LibraryOutdated
 from migplugin.nvml import binding
 from migplugin.nvml.events import EventThread, Patience, Registration, Scope, merge
+from migplugin.nvml.library import Successor
 from migplugin.nvml.snapshot import Look, Snapshots
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,9 @@ CLOSE_WITHIN, END_WITHIN = 1.0, 0.1
 
 
 class Driver:
-    """Looks at the driver from one event loop. `on_geometry` and `on_fault` are called on that loop."""
+    """Looks at the driver from one event loop, on which it calls `on_geometry`, `on_fault` and `on_news`: of
+    what the next look will show.
+    """
 
     def __init__(
         self,
@@ -45,19 +49,21 @@ class Driver:
         deadline: float,
         on_geometry: Callable[[], None],
         on_fault: Callable[[], None],
+        on_news: Callable[[], None],
     ) -> None:
         self._library = library
         self._search = search
         self._deadline = deadline
         self._geometry_bell = _Bell(on_geometry)
         self._fault_bell = _Bell(on_fault)
+        self._news_bell = _Bell(on_news)
         self._faults: Mailbox[Scope, Fault] = Mailbox(merge)
         self._owner = OwnerThread("nvml")
         self._ended = False
         self._told_lost = 0
         # From here on everything belongs to the owner thread.
         self._snapshots = Snapshots(proc_root, sysfs_root, dev_root)
-        self._loaded = False
+        self._successor: Successor | None = None
         self._opened_at: float | None = None
         self._registration: Registration | None = None
         self._events: EventThread | None = None
@@ -84,17 +90,20 @@ class Driver:
             self._told_lost = lost
         return self._faults.take()
 
-    async def look(self, *, suspect: bool = False) -> Inventory:
-        """Everything the driver says now; `suspect` where an event said that something changed.
+    async def look(self, *, suspect: bool = False, processes_of: AbstractSet[str] = frozenset()) -> Inventory:
+        """Everything the driver says now; `suspect` where an event said that something changed. Whether
+        something runs on them is asked of those ids alone.
 
         Raises LibraryMissing, DriverNotReady or another DriverError where the driver as a whole does
-        not answer, DriverTimeout where a call does not come back before the deadline.
+        not answer, DriverTimeout where a call does not come back before the deadline, LibraryOutdated
+        where no later look of this process can succeed.
         """
         if self._ended:
             raise DriverError("the driver was closed, nobody looks at it any more")
-        self._geometry_bell.loop = self._fault_bell.loop = asyncio.get_running_loop()
+        for bell in (self._geometry_bell, self._fault_bell, self._news_bell):
+            bell.loop = asyncio.get_running_loop()
         try:
-            return await self._owner.call(lambda: self._look(suspect=suspect), self._deadline)
+            return await self._owner.call(lambda: self._look(processes_of, suspect=suspect), self._deadline)
         except TimeoutError as exc:
             raise DriverTimeout(f"no answer from NVML within {self._deadline:g} s") from exc
 
@@ -111,9 +120,10 @@ class Driver:
             log.debug("the NVML session was not ended", extra={"reason": str(exc)})
         self._owner.close()
 
-    def _look(self, *, suspect: bool) -> Inventory:
+    def _look(self, processes_of: AbstractSet[str], *, suspect: bool) -> Inventory:
         complete = False
         try:
+            self._snapshots.processes_of = processes_of
             inventory = self._read(suspect=suspect)
             complete = not self._ended
         finally:
@@ -124,6 +134,8 @@ class Driver:
         return inventory
 
     def _read(self, *, suspect: bool) -> Inventory:
+        if self._successor is not None and self._successor.works():
+            raise LibraryOutdated("another NVML library has taken the place of the one that we loaded")
         opened = self._opened_at is None
         if opened:
             self._open()
@@ -170,9 +182,9 @@ class Driver:
         return ""
 
     def _open(self) -> None:
-        if not self._loaded:
-            binding.load(None if self._library is None else self._library(), search=self._search)
-            self._loaded = True
+        if self._successor is None:
+            library = None if self._library is None else self._library()
+            self._successor = Successor(binding.load(library, search=self._search))
         binding.init()
         self._opened_at = time.monotonic()
         self._snapshots.forget()
@@ -192,7 +204,12 @@ class Driver:
                 log.warning("the driver has no events, looking now and then", extra={"reason": str(exc)})
             return
         self._events = EventThread(
-            self._registration, self._patience, self._faults, self._geometry_bell, self._fault_bell
+            self._registration,
+            self._patience,
+            self._faults,
+            self._geometry_bell,
+            self._fault_bell,
+            self._news_bell,
         )
         self._events.start()
 

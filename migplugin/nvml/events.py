@@ -3,7 +3,8 @@
 It blocks in nvmlEventSetWait, a second at a time, because a session must not end under a
 thread that waits in it; and shorter for a moment after each event, since what an event tells of may be a
 reason to end the session. It carries and does not decide: a change of geometry becomes a wake-up, an
-XID becomes a Fault in a mailbox that merges by scope. An error of the wait itself (a lost GPU repeats it
+XID becomes a Fault in a mailbox that merges by scope, a double-bit error is a reason to ask for the driver's
+counts. An error of the wait itself (a lost GPU repeats it
 at once, for ever) is a reason to look, and then to wait longer each time: never a spin. The patience for
 that outlives the session: a look may open a new one, whose first wait fails like the last of the old.
 """
@@ -20,7 +21,7 @@ from migplugin.core.health import Fault
 from migplugin.core.inventory import GpuUuid
 from migplugin.errors import DriverError
 from migplugin.nvml import binding
-from migplugin.nvml.binding import MIG_CONFIG_CHANGE, XID_CRITICAL, Handle
+from migplugin.nvml.binding import DOUBLE_BIT_ECC, MIG_CONFIG_CHANGE, XID_CRITICAL, Handle
 from migplugin.nvml.codes import Code
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Registration:
         more = False
         if not self.hears(uuid):
             more = self._register(handle, XID_CRITICAL)
+            self._register(handle, DOUBLE_BIT_ECC)
             self.gpus[binding.address(handle)] = uuid
         if uuid not in self._geometry and self._register(handle, MIG_CONFIG_CHANGE):
             self._geometry.add(uuid)
@@ -109,6 +111,7 @@ class EventThread:
         faults: Mailbox[Scope, Fault],
         on_geometry: Callable[[], None],
         on_fault: Callable[[], None],
+        on_news: Callable[[], None],
     ) -> None:
         self._events = registration.events
         self._gpus: Mapping[int, GpuUuid] = registration.gpus
@@ -117,6 +120,7 @@ class EventThread:
         self._faults = faults
         self._on_geometry = on_geometry
         self._on_fault = on_fault
+        self._on_news = on_news
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="nvml-events", daemon=True)
         self.failing = False
@@ -178,6 +182,9 @@ class EventThread:
     def _carry(self, event: binding.Event) -> None:
         if event.kind == MIG_CONFIG_CHANGE:
             self._on_geometry()
+            return
+        if event.kind == DOUBLE_BIT_ECC:
+            self._on_news()
             return
         if event.kind != XID_CRITICAL:
             log.debug("an event that we did not ask for", extra={"kind": event.kind, "data": event.data})

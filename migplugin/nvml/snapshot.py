@@ -9,7 +9,7 @@ and profiles) is asked once; what lives is asked every time.
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,10 +26,10 @@ from migplugin.core.inventory import (
     Placement,
     Signs,
 )
-from migplugin.errors import DriverError
+from migplugin.errors import DriverError, LibraryOutdated
 from migplugin.nvml import binding
 from migplugin.nvml.binding import Attributes, GiInfo, GiProfileInfo, Handle
-from migplugin.nvml.capabilities import Capabilities, control_nodes, numa_node
+from migplugin.nvml.capabilities import Capabilities, control_nodes, loaded_module, numa_node
 from migplugin.nvml.codes import ABSENT, GONE, LOST, Code
 from migplugin.nvml.links import Links
 
@@ -91,7 +91,7 @@ class Look:
 
 
 class Snapshots:
-    """Takes looks, on the thread that owns NVML."""
+    """Takes looks, on the thread that owns NVML; at processes only of the ids in `processes_of`."""
 
     def __init__(self, proc_root: Path, sysfs_root: Path, dev_root: Path) -> None:
         self._proc_root = proc_root
@@ -101,6 +101,8 @@ class Snapshots:
         self._fixed: dict[tuple[GpuUuid, bool | None], _Fixed] = {}
         self._uuids: dict[int, GpuUuid] = {}
         self._links = Links()
+        self._running: set[str] = set()
+        self.processes_of: AbstractSet[str] = frozenset()
 
     def forget(self) -> None:
         """A new session may be one with another driver. Which GPU had which index is kept, for lost ones."""
@@ -111,6 +113,7 @@ class Snapshots:
     def take(self) -> Look:
         """Raises DriverError where the driver as a whole does not answer."""
         version = binding.driver_version()
+        self._running.clear()
         gpus: list[Gpu] = []
         handles: list[Handle] = []
         broken: list[tuple[int, GpuUuid | None, DriverError]] = []
@@ -122,18 +125,21 @@ class Snapshots:
                 handle = binding.gpu(index)
                 uuid = self._uuids[index] = GpuUuid(binding.uuid(handle))
                 gpu, reading = self._gpu(handle, index, uuid)
+            except LibraryOutdated:
+                raise  # said of one GPU, but not of it alone
             except DriverError as exc:
                 broken.append((index, uuid, exc))
                 continue
-            gpus.append(gpu)
-            handles.append(handle)
             if gpu.mig_enabled:
                 seen = self._capabilities.seen(gpu.minor)
+                gpu = _with_files(gpu, seen)
                 listed = {(device.gi, device.ci) for device in gpu.devices}
                 hidden = hidden or seen is None
                 refused = refused or reading.refused
                 doubtful = reading.doubtful | (listed ^ (listed if seen is None else seen))
                 disagreements |= {(uuid, gi, ci) for gi, ci in doubtful}
+            gpus.append(gpu)
+            handles.append(handle)
         named = {gpu.uuid for gpu in gpus} | {uuid for _, uuid, _ in broken if uuid is not None}
         inventory = Inventory(
             driver_version=version,
@@ -145,6 +151,8 @@ class Snapshots:
             control_nodes=control_nodes(self._dev_root),
             unreadable=tuple(self._unreadable(gpus, refused=refused)),
             links=self._links.between(list(zip(gpus, handles, strict=True))),
+            running=frozenset(self._running),
+            module=loaded_module(self._sysfs_root),
         )
         return Look(inventory, frozenset(disagreements), hidden)
 
@@ -168,6 +176,7 @@ class Snapshots:
         mode = binding.mig_mode(handle)
         enabled, pending = (None, None) if mode is None else mode
         reading = _Reading(handle, uuid, minor, self._fixed_of(handle, uuid, enabled))
+        self._note_processes(handle, uuid)
         if enabled:
             self._read_instances(reading)
         found = self._devices(reading) if enabled else []
@@ -195,7 +204,7 @@ class Snapshots:
                 for gi, info in sorted(reading.instances.items())
             ),
             devices=tuple(sorted(found, key=lambda device: (device.gi, device.ci))),
-            signs=_signs(handle),
+            signs=_signs(handle, mig=bool(enabled)),
         )
         return gpu, reading
 
@@ -207,6 +216,10 @@ class Snapshots:
                 # What was refused is asked for again: privilege can come later.
                 self._fixed[uuid, enabled] = fixed
         return fixed
+
+    def _note_processes(self, handle: Handle, uuid: str) -> None:
+        if uuid in self.processes_of and binding.runs_something(handle):
+            self._running.add(uuid)
 
     @staticmethod
     def _read_instances(gpu: _Reading) -> None:
@@ -240,6 +253,7 @@ class Snapshots:
 
     def _device(self, gpu: _Reading, device: Handle, slot: int) -> MigDevice:
         uuid = DeviceId(binding.uuid(device))
+        self._note_processes(device, uuid)
         gi, ci = binding.gi_id(device), binding.ci_id(device)
         attributes: Attributes | None = binding.unless(_REFUSED, lambda: binding.attributes(device))
         info = self._instance_of(gpu, gi, ci)
@@ -258,6 +272,7 @@ class Snapshots:
             ci_minor=of_ci.minor,
             gi_mode=of_gi.mode,
             ci_mode=of_ci.mode,
+            uncorrected=binding.uncorrected_errors_of_instance(device),
         )
 
     @staticmethod
@@ -303,13 +318,22 @@ class Snapshots:
         raise DriverError(f"the driver names no profile for {binding.uuid(device)}", call="nvmlDeviceGetName")
 
 
-def _signs(handle: Handle) -> Signs:
+def _with_files(gpu: Gpu, seen: AbstractSet[tuple[int, int]] | None) -> Gpu:
+    if seen is None:
+        return gpu
+    devices = (replace(device, files=(device.gi, device.ci) in seen) for device in gpu.devices)
+    return replace(gpu, devices=tuple(devices))
+
+
+def _signs(handle: Handle, *, mig: bool) -> Signs:
     told = binding.fields(handle, binding.RECOVERY_ACTION, binding.REMAP_PENDING, binding.REMAP_FAILED)
     pending, failed = told.get(binding.REMAP_PENDING), told.get(binding.REMAP_FAILED)
     return Signs(
         action=told.get(binding.RECOVERY_ACTION),
         remap_pending=None if pending is None else bool(pending),
         remap_failed=None if failed is None else bool(failed),
+        # With MIG on, the driver counts them for each instance and refuses the sum (nvml.h).
+        uncorrected=None if mig else binding.uncorrected_errors(handle),
     )
 
 

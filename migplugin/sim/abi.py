@@ -101,8 +101,10 @@ class Library:
         if switches.cost:
             time.sleep(switches.cost.get(name, switches.cost.get("*", 0)))
             node = self._store.read()
-        if name not in _WITHOUT_SESSION and not self._session.references:
-            raise Refusal(Code.UNINITIALIZED, f"{name} without nvmlInit")
+        if name not in _WITHOUT_SESSION:
+            if not self._session.references:
+                raise Refusal(Code.UNINITIALIZED, f"{name} without nvmlInit")
+            self._session.check(node)
         failure = switches.fail.get(name)
         if failure is not None and failure.gpu is None:
             raise Injected(failure.code)

@@ -315,6 +315,27 @@ def xid(store: Store, gpu: int, number: int, gi: int | None, ci: int | None) -> 
 
 @sim.command()
 @_GPU
+@click.argument("count", type=click.IntRange(0))
+@click.option(
+    "--gi", type=click.IntRange(0), help="Of this GPU instance.  [default: of the GPU, with MIG off]"
+)
+@click.option("--ci", type=click.IntRange(0), default=0, show_default=True, help="And this compute instance.")
+@click.pass_obj
+@_told
+def ecc(store: Store, gpu: int, count: int, gi: int | None, ci: int) -> None:
+    """Let the driver count COUNT uncorrected memory errors, and report a double-bit error."""
+    with store.change() as node:
+        card = node.gpu(gpu)
+        if gi is None:
+            card.ecc(count)
+        else:
+            card.ecc(count, gi, ci)
+    where = "" if gi is None else f" gi {gi} ci {ci}"
+    click.echo(f"GPU {gpu}{where}: {count} uncorrected memory errors")
+
+
+@sim.command()
+@_GPU
 @click.argument("number", metavar="FIELD", type=click.IntRange(1))
 @click.argument("value", type=click.IntRange(0, (1 << 32) - 1), required=False)
 @click.pass_obj

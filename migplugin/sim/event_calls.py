@@ -62,6 +62,7 @@ def event_set_wait(call: Call, handle: int | None, out: int | None, timeout_ms: 
     while True:
         # A call in flight must see what changes while it waits: the node is read anew each time.
         node = call.session.store.read()
+        call.session.check(node)
         event = _next(call, node, waiting)
         if event is not None:
             _fill(data, event, call.session)

@@ -64,6 +64,7 @@ def plan(node: Node) -> Plan:
         for gpu in node.gpus:
             _plan_sysfs(wanted, view, gpu)
         if node.switches.driver_loaded:
+            wanted[f"{view}/sys/module/nvidia"] = _DIRECTORY
             _plan_driver(wanted, view, node)
             _plan_capabilities(wanted, view, node)
     return wanted

@@ -66,6 +66,17 @@ class Node:
             raise SimulatorError(f"there is no GPU {index}; this node has GPUs 0 to {len(self.gpus) - 1}")
         return self.gpus[index]
 
+    def load_driver(self) -> None:
+        """Another driver is in the kernel, or the same one anew: what the one before counted is forgotten.
+
+        The instances stay, though no driver keeps them: as if something carved them again at once.
+        """
+        self.record.loads += 1
+        for gpu in self.gpus:
+            gpu.forget_errors()
+            for _, ci in gpu.mig_devices():
+                ci.uncorrected = 0
+
     def make_nodes(self) -> int:
         """Make the missing capability device nodes, as nvidia-modprobe does; how many were missing."""
         records: list[GiRecord | CiRecord] = []
@@ -333,11 +344,23 @@ class Gpu:
             raise Refusal(Code.IN_USE, f"GPU {self.index} is in use by process {running[0].pid}")
         self.record.mig_current = self.record.mig_pending
         self.record.lost = False
-        self.record.fields |= dict.fromkeys(RESET_CLEARS & self.record.fields.keys(), 0)
+        self.forget_errors()
         self.instances.clear()
+
+    def forget_errors(self) -> None:
+        self.record.uncorrected = 0
+        self.record.fields |= dict.fromkeys(RESET_CLEARS & self.record.fields.keys(), 0)
 
     def xid(self, xid: int, gi: int = WHOLE, ci: int = WHOLE) -> None:
         self.node.post(self, EventType.XID, xid, gi, ci)
+
+    def ecc(self, count: int, gi: int = WHOLE, ci: int = WHOLE) -> None:
+        """The driver counts that many uncorrected memory errors of the GPU, or of a compute instance."""
+        if gi == WHOLE:
+            self.record.uncorrected = count
+        else:
+            self.ci(gi, ci).uncorrected = count
+        self.node.post(self, EventType.DOUBLE_BIT_ECC, 0, gi, ci)
 
     def _require_mig(self) -> None:
         if not self.record.mig_current:

@@ -56,7 +56,10 @@ class Process(msgspec.Struct):
 
 
 class CiRecord(msgspec.Struct):
-    """A compute instance. `serial` is never used twice, so that a stale handle can be told from a new one."""
+    """A compute instance. `serial` is never used twice, so that a stale handle can be told from a new one.
+
+    `uncorrected` are the memory errors (ECC) that the driver counts against it.
+    """
 
     id: int
     profile: int
@@ -67,6 +70,7 @@ class CiRecord(msgspec.Struct):
     node_made: bool
     processes: list[Process] = []
     leaked: bool = False
+    uncorrected: int = 0
 
 
 class GiRecord(msgspec.Struct):
@@ -86,6 +90,7 @@ class GpuRecord(msgspec.Struct):
     mig_current: bool
     mig_pending: bool
     lost: bool = False
+    uncorrected: int = 0
     fields: dict[int, int] = {}
     processes: list[Process] = []
     instances: list[GiRecord] = []
@@ -103,7 +108,10 @@ class Event(msgspec.Struct, frozen=True):
 
 
 class NodeRecord(msgspec.Struct):
-    """The whole node. `outbox` repeats the events of the last change, see `store`."""
+    """The whole node. `loads` counts the times that the driver was loaded, after which old sessions are dead.
+
+    `outbox` repeats the events of the last change, see `store`.
+    """
 
     version: int
     spec: str
@@ -112,4 +120,5 @@ class NodeRecord(msgspec.Struct):
     switches: Switches
     last_seq: int = 0
     last_serial: int = 0
+    loads: int = 1
     outbox: list[Event] = []

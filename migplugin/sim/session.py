@@ -80,6 +80,7 @@ class Session:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.references = 0
+        self._loads = 0
         self._lock = threading.Lock()
         # Looks like a pointer, is none, and differs between processes: whoever dereferences it or
         # passes it on finds out.
@@ -96,6 +97,12 @@ class Session:
             self.references += 1
             if self.references == 1:
                 self._believed = node
+                self._loads = node.record.loads
+
+    def check(self, node: Node) -> None:
+        """Refuses where the driver that this session was opened with is no longer in the kernel."""
+        if not node.switches.driver_loaded or node.record.loads != self._loads:
+            raise Refusal(Code.UNKNOWN, "the driver was unloaded under this session")
 
     def close(self) -> None:
         """One reference less; at none, every handle dies. NVML was observed to refuse one close too many."""

@@ -101,7 +101,10 @@ class Store:
             node.record.outbox = []
             before = msgspec.json.encode(node.record)
             files_before = self._present(node)
+            switches = (node.switches.driver_loaded, node.switches.driver_version)
             yield node
+            if node.switches.driver_loaded and switches != (True, node.switches.driver_version):
+                node.load_driver()
             if msgspec.json.encode(node.record) == before:
                 return
             node.record.outbox = node.journal

@@ -54,7 +54,6 @@ def process_name(call: Call, pid: int, buffer: int | None, length: int) -> None:
 @EXPORTS.add(
     "nvmlDeviceGetPowerUsage nvmlDeviceGetEnforcedPowerLimit nvmlDeviceGetNumaNodeId", POINTER, POINTER
 )
-@EXPORTS.add("nvmlDeviceGetTotalEccErrors", POINTER, UINT, UINT, POINTER)
 @EXPORTS.add("nvmlDeviceGetRemappedRows", POINTER, POINTER, POINTER, POINTER, POINTER)
 @EXPORTS.add("nvmlDeviceGetNvLinkState", POINTER, UINT, POINTER)
 @EXPORTS.add("nvmlDeviceSetPersistenceMode", POINTER, INT)

@@ -1,4 +1,4 @@
-"""NVML's calls about the use of devices: memory, utilisation and processes.
+"""NVML's calls about the use of devices: memory and its errors, utilisation and processes.
 
 On the handle of a GPU with MIG on they tell about everybody there, which takes the monitor privilege.
 A MIG device's memory is its GPU instance's, shared by all compute instances in it.
@@ -6,8 +6,9 @@ A MIG device's memory is its GPU instance's, shared by all compute instances in 
 
 import ctypes
 
-from migplugin.sim.call import HANDLE, POINTER, Call, Exports, Mig
+from migplugin.sim.call import HANDLE, POINTER, UINT, Call, Exports, Mig
 from migplugin.sim.codes import Code
+from migplugin.sim.model import Gpu
 from migplugin.sim.privilege import MONITOR
 from migplugin.sim.records import Process
 from migplugin.sim.structs import MEMORY_V2, Memory, MemoryV2, ProcessInfo, Utilization
@@ -15,6 +16,8 @@ from migplugin.sim.structs import MEMORY_V2, Memory, MemoryV2, ProcessInfo, Util
 EXPORTS = Exports()
 
 MIB = 1 << 20
+UNCORRECTED, VOLATILE = 1, 0
+DRAM, SRAM = 2, 7
 IDLE_MIB = 5  # what an instance uses before anybody runs on it
 
 
@@ -32,6 +35,28 @@ def memory_info_v2(call: Call, device: int | None, out: int | None) -> None:
         call.refuse(Code.ARGUMENT_VERSION_MISMATCH, f"version word {info.version:#x}")
     total, used = _memory(call, device)
     info.total, info.reserved, info.used, info.free = total, 0, used, total - used
+
+
+@EXPORTS.add("nvmlDeviceGetTotalEccErrors", HANDLE, UINT, UINT, POINTER)
+def total_ecc_errors(call: Call, device: int | None, kind: int, counter: int, out: int | None) -> None:
+    """Of a GPU. With MIG on, the volatile ones are counted for each instance, and refused here (nvml.h)."""
+    gpu = call.gpu(device, otherwise=Code.NOT_SUPPORTED)
+    if gpu.record.mig_current and counter == VOLATILE:
+        call.refuse(Code.NOT_SUPPORTED, "MIG is on")
+    call.put_wide(out, gpu.record.uncorrected if kind == UNCORRECTED else 0)
+
+
+@EXPORTS.add("nvmlDeviceGetMemoryErrorCounter", HANDLE, UINT, UINT, UINT, POINTER)
+def memory_error_counter(
+    call: Call, device: int | None, kind: int, counter: int, location: int, out: int | None
+) -> None:
+    """Of a MIG device: only what is uncorrected, volatile and not in DRAM."""
+    target = call.device(device)
+    if isinstance(target, Gpu):
+        call.refuse(Code.NOT_SUPPORTED, "not simulated for a GPU")
+    if (kind, counter) != (UNCORRECTED, VOLATILE) or location == DRAM:
+        call.refuse(Code.NOT_SUPPORTED, "not counted for an instance")
+    call.put_wide(out, target.ci.uncorrected if location == SRAM else 0)
 
 
 @EXPORTS.add("nvmlDeviceGetUtilizationRates", HANDLE, POINTER)

@@ -2,19 +2,29 @@
 
 Every module logs with the standard library and puts its fields into `extra`; what a record has
 beyond the standard attributes is a field. One line for each change, never for each poll.
+
+A thread of its own formats and writes them: who reads our stderr may stop reading for a while (a full
+disk under the container's log), and no allocation must wait for that.
 """
 
 import datetime as dt
 import json
 import logging
+import queue
 import sys
+import threading
+
+log = logging.getLogger(__name__)
+
+MOST_WAITING = 10_000
+END_WITHIN = 1.0
 
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
 
 def configure(level: str, form: str) -> None:
     """Sends everything from `level` up to stderr, as "text" or "json"."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = Writer()
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # Others speak of their own plumbing below WARNING.
@@ -22,6 +32,40 @@ def configure(level: str, form: str) -> None:
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_farewell)
     logging.getLogger("watchdog").setLevel(logging.CRITICAL)  # it reports its own stopping as an error
+
+
+class Writer(logging.Handler):
+    """Writes to stderr in its thread. What comes while `MOST_WAITING` lines wait is lost, and counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._records: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
+        self._lost = 0
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._records.qsize() < MOST_WAITING:
+            self._records.put(record)
+        else:
+            self._lost += 1
+
+    def close(self) -> None:
+        """Returns when all is written, or after a second: nobody may be reading."""
+        self._records.put(None)
+        self._thread.join(END_WITHIN)
+        super().close()
+
+    def _run(self) -> None:
+        while (record := self._records.get()) is not None:
+            try:
+                sys.stderr.write(f"{self.format(record)}\n")
+                sys.stderr.flush()
+            except Exception:  # noqa: BLE001  as every handler of the standard library
+                self.handleError(record)
+            if self._lost and self._records.empty():
+                lost, self._lost = self._lost, 0
+                log.warning("log lines were lost, nobody read them", extra={"lost": lost})
 
 
 def _is_no_farewell(record: logging.LogRecord) -> bool:

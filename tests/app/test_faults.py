@@ -223,11 +223,31 @@ async def test_restarts_of_agent_and_kubelet_make_nobody_well_and_one_of_the_mac
     assert await agent.end() == 0
     (record,) = node.kubelet.socket.parent.glob("migplugin/health.json")
     document = json.loads(record.read_text())
-    document["stamp"]["boot"] = "the boot before"
+    document["boot"] = "the boot before"
     record.write_text(json.dumps(document))
     agent = await node.serve()
-    await agent.until_said("was sick before the machine or the driver was started anew", device=ci.uuid)
+    await agent.until_said("was sick before the machine was started anew", device=ci.uuid)
     await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.002, 0.005, 0.01, 0.02, 0.05])
+async def test_what_a_killed_agent_has_shown_as_sick_is_sick_under_the_next(
+    machine: Start, pause: float
+) -> None:
+    """Wherever it was killed: the record is written before anybody is told."""
+    node = await machine("1xa100-40gb=1g.5gb*7")
+    agent = await node.serve()
+    await node.until(lambda _: node.allocatable("1g.5gb") == 7)
+    for gi, ci in node.store.read().gpus[0].mig_devices():
+        node.change(lambda made, gi=gi, ci=ci: made.gpus[0].xid(94, gi.id, ci.id))  # type: ignore[misc]
+        await asyncio.sleep(pause)  # when it dies is the point
+    shown = {id_ for id_, health in node.kubelet.devices(MIG).items() if health == "Unhealthy"}
+    await agent.kill()  # from here on the kubelet takes all for Unhealthy, until the next list
+    await node.until(lambda _: node.allocatable("1g.5gb") == 0)
+    agent = await node.serve()
+    await node.until(lambda k: set(k.devices(MIG).values()) != {"Unhealthy"} or len(shown) == 7)
+    now = {id_ for id_, health in node.kubelet.devices(MIG).items() if health == "Unhealthy"}
+    assert shown <= now
 
 
 async def test_a_gpu_is_sick_for_as_long_as_the_driver_wants_it_reset(machine: Start) -> None:
@@ -245,6 +265,64 @@ async def test_a_gpu_is_sick_for_as_long_as_the_driver_wants_it_reset(machine: S
         node.change(lambda made: made.gpus[0].create("1g.5gb"))
     await node.until(lambda _: node.allocatable("1g.5gb") == 4)
     await agent.until_said("no longer sick", gpu=line["gpu"])
+
+
+async def test_a_driver_that_is_loaded_anew_has_cured_everybody(machine: Start) -> None:
+    node = await machine("1xa100-40gb=1g.5gb*3")
+    agent = await node.serve()
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+    node.change(lambda made: made.gpus[0].xid(79))
+    await node.until(lambda _: node.allocatable("1g.5gb") == 0)
+    node.change(lambda made: setattr(made.switches, "driver_loaded", False))
+    await agent.until_said("the driver does not answer, will try again")
+    await agent.kill()
+    node.change(lambda made: setattr(made.switches, "driver_loaded", True))
+    node.change(lambda made: setattr(made.switches, "driver_version", "595.10"))
+    agent = await node.serve()
+    line = await agent.until_said("no longer sick")
+    assert "loaded anew" in line["reason"]
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+
+
+async def test_a_driver_that_is_updated_under_the_agent_is_noticed_and_served(machine: Start) -> None:
+    node = await machine("1xa100-40gb=1g.5gb*3")
+    agent = await node.serve()
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+    node.change(lambda made: made.gpus[0].xid(79))
+    await node.until(lambda _: node.allocatable("1g.5gb") == 0)
+    node.change(lambda made: setattr(made.switches, "driver_version", "595.10"))
+    await agent.until_said("no longer sick")
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+    node.change(lambda made: made.gpus[0].xid(79))
+    await node.until(lambda _: node.allocatable("1g.5gb") == 0)
+
+
+async def test_double_bit_errors_make_sick_whom_the_driver_counts_them_against(machine: Start) -> None:
+    node = await machine("1xa100-40gb=1g.5gb*3,1xa100-40gb")
+    agent = await node.serve()
+    await node.until(lambda k: (node.allocatable("1g.5gb"), k.allocatable("nvidia.com/gpu")) == (3, 1))
+    gi, ci = node.store.read().gpus[0].mig_devices()[1]
+    node.change(lambda made: made.gpus[0].ecc(1, gi.id, ci.id))
+    await node.until(lambda k: k.devices(MIG).get(ci.uuid) == "Unhealthy", timeout=1.0)
+    assert node.allocatable("1g.5gb") == 2
+    node.change(lambda made: made.gpus[1].ecc(2))
+    await node.until(lambda k: k.allocatable("nvidia.com/gpu") == 0, timeout=1.0)
+    node.change(lambda made: made.gpus[1].reset())
+    await agent.until_said("no longer sick", device=node.store.read().gpus[1].uuid)
+
+
+async def test_a_device_whose_capability_files_vanish_is_not_handed_out(machine: Start) -> None:
+    node = await machine("1xa100-40gb=1g.5gb*3")
+    agent = await node.serve("--poll-interval=100ms")
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+    gi, ci = node.store.read().gpus[0].mig_devices()[0]
+    files = node.state / f"host/proc/driver/nvidia/capabilities/gpu0/mig/gi{gi.id}/ci{ci.id}"
+    (files / "access").rename(files / "elsewhere")
+    await node.until(lambda k: k.devices(MIG).get(ci.uuid) == "Unhealthy")
+    line = await agent.until_said("fell sick", device=ci.uuid)
+    assert "capability files" in line["reason"]
+    (files / "elsewhere").rename(files / "access")
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3)
 
 
 async def test_a_driver_that_hangs_holds_back_no_fault(machine: Start) -> None:

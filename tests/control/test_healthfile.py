@@ -1,7 +1,11 @@
-"""Who is sick outlives the agent, and neither the machine nor the driver."""
+"""Who is sick outlives the agent, and not the machine."""
 
 import json
 import logging
+import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,17 +17,19 @@ from migplugin.core.inventory import DeviceId, GpuUuid
 GPU = GpuUuid("GPU-0")
 ONE = Sickness(GPU, Instance(DeviceId("MIG-a"), 3, 0, "1g.5gb"), (94, 48), 5.0, 8.0)
 WHOLE = Sickness(GPU, None, (79,), 7.0, 7.0, stays=True)
-HEALTH = Health({DeviceId("MIG-a"): ONE, GPU: WHOLE}, {DeviceId("MIG-a"): Recovery(2.0, ONE)})
+HEALTH = Health(
+    {DeviceId("MIG-a"): ONE, GPU: WHOLE},
+    {DeviceId("MIG-a"): Recovery(2.0, ONE)},
+    driver="580.95.05",
+    module=4711,
+)
 
 
 @pytest.fixture
 def proc(tmp_path: Path) -> Path:
     root = tmp_path / "proc"
     (root / "sys/kernel/random").mkdir(parents=True)
-    (root / "driver/nvidia").mkdir(parents=True)
     (root / "sys/kernel/random/boot_id").write_text("one\n")
-    (root / "driver/nvidia/version").write_text("NVRM version: 580\nGCC\n")
-    (root / "modules").write_text("nvidia 627 4 nvidia_uvm, Live 0xffffffffc0a00000 (POE)\n")
     return root
 
 
@@ -40,24 +46,12 @@ def test_what_was_saved_is_loaded_by_the_next_agent_and_said(
     assert [record.message for record in caplog.records] == ["still sick", "still sick"]
 
 
-@pytest.mark.parametrize(
-    ("file", "text"),
-    [
-        ("sys/kernel/random/boot_id", "two\n"),
-        ("driver/nvidia/version", "NVRM version: 590\n"),
-        ("modules", "nvidia 627 4 nvidia_uvm, Live 0xffffffffc0b00000 (POE)\n"),
-    ],
-)
-def test_after_a_new_boot_or_driver_it_is_history(
-    tmp_path: Path, proc: Path, file: str, text: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_after_a_new_boot_it_is_history(tmp_path: Path, proc: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     state = saved(tmp_path, proc)
-    (proc / file).write_text(text)
+    (proc / "sys/kernel/random/boot_id").write_text("two\n")
     assert HealthFile(state, proc).load(10.0) == Health()
-    assert {record.message for record in caplog.records} == {
-        "was sick before the machine or the driver was started anew"
-    }
+    assert {record.message for record in caplog.records} == {"was sick before the machine was started anew"}
 
 
 def test_a_file_that_is_not_there_is_a_clean_start(
@@ -79,6 +73,7 @@ WRONG: tuple[dict[str, object], ...] = (
 
 def broken() -> list[str]:
     good = {"gpu": "GPU-0", "device": None, "xids": [79], "since": 1.0, "last": 1.0, "stays": False}
+    whole = {"version": 1, "driver": "580", "module": None, "sick": [], "recovered": []}
     return [
         "",
         "{",
@@ -86,11 +81,9 @@ def broken() -> list[str]:
         "null",
         '{"health": null}',
         '{"health": {"version": 2}}',
-        '{"health": {"version": 1, "sick": 3}}',
-        *(
-            json.dumps({"health": {"version": 1, "sick": [{**good, **wrong}], "recovered": []}})
-            for wrong in WRONG
-        ),
+        *(json.dumps({"health": {**whole, key: 3.5}}) for key in ("version", "sick", "recovered")),
+        json.dumps({"health": {**whole, "module": "x"}}),
+        *(json.dumps({"health": {**whole, "sick": [{**good, **wrong}]}}) for wrong in WRONG),
     ]
 
 
@@ -126,3 +119,33 @@ def test_a_directory_that_cannot_be_made_is_said_once(
     file.save(HEALTH)
     file.save(Health())
     assert len(caplog.records) == 1
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from migplugin.control.healthfile import HealthFile
+from tests.control.test_healthfile import HEALTH
+from migplugin.core.health import Health
+file = HealthFile(Path(sys.argv[1]), Path(sys.argv[2]))
+file.save(HEALTH)
+print("saved", flush=True)
+while True:
+    file.save(Health(driver="580.95.05"))
+    file.save(HEALTH)
+"""
+
+
+def test_a_writer_that_is_killed_at_any_moment_leaves_a_whole_file(
+    tmp_path: Path, proc: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = Path(__file__).parents[2]
+    for attempt in range(12):
+        command = [sys.executable, "-c", WRITER, str(tmp_path), str(proc)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root) as writer:
+            assert writer.stdout is not None
+            writer.stdout.readline()
+            time.sleep(random.Random(attempt).uniform(0.0, 0.01))  # when it dies is the point
+            writer.kill()
+        assert HealthFile(tmp_path, proc).load(10.0) in (HEALTH, Health(driver="580.95.05"))
+    assert {record.message for record in caplog.records} <= {"still sick"}

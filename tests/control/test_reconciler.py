@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 
 import pytest
 
@@ -28,7 +29,7 @@ class Told:
         self.taken = self.looks = 0
         self.shown = inventory(SEVENTHS)
 
-    async def look(self, *, suspect: bool = False) -> Inventory:
+    async def look(self, *, suspect: bool = False, processes_of: AbstractSet[str] = frozenset()) -> Inventory:
         self.looks += 1
         return self.shown
 
@@ -106,7 +107,7 @@ class Away(Told):
 
     answers = False
 
-    async def look(self, *, suspect: bool = False) -> Inventory:
+    async def look(self, *, suspect: bool = False, processes_of: AbstractSet[str] = frozenset()) -> Inventory:
         if not self.answers:
             self.looks += 1
             raise DriverError("not yet")

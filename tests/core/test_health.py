@@ -16,6 +16,7 @@ from migplugin.core.health import (
     clear,
     fold,
     look_at,
+    suspects,
     wake_at,
 )
 from migplugin.core.inventory import BrokenGpu, DeviceId, Gpu, GpuUuid, Inventory, Signs
@@ -157,14 +158,20 @@ def test_instances_made_on_a_sick_gpu_are_sick() -> None:
 
 def test_a_gpu_that_does_not_answer_keeps_its_sick() -> None:
     run = Run(fault(SEVENTHS, 94, 9, 0), fault(ASSORTED, 79))
-    run.step(see=Inventory("1", (), (BrokenGpu(0, SEVENTHS.uuid, "no answer"), BrokenGpu(1, None, "lost"))))
+    run.step(
+        see=Inventory(
+            NODE.driver_version, (), (BrokenGpu(0, SEVENTHS.uuid, "no answer"), BrokenGpu(1, None, "lost"))
+        )
+    )
     run.step(see=NODE)
     assert run.unfit() == {uuid(0, 9), *everything_on(ASSORTED)}
 
 
 def test_a_fault_on_a_gpu_that_no_longer_answers_finds_whom_it_concerns() -> None:
     run = Run()
-    silent = Inventory("1", (), (BrokenGpu(0, SEVENTHS.uuid, "lost"), BrokenGpu(1, ASSORTED.uuid, "lost")))
+    silent = Inventory(
+        NODE.driver_version, (), (BrokenGpu(0, SEVENTHS.uuid, "lost"), BrokenGpu(1, ASSORTED.uuid, "lost"))
+    )
     run.step(fault(SEVENTHS, 94, 9, 0), fault(ASSORTED, 79), see=silent)
     run.step(see=NODE)
     assert run.unfit() == {uuid(0, 9), *everything_on(ASSORTED)}
@@ -281,11 +288,13 @@ def test_anything_else_is_over_when_the_driver_asked_later_wants_nothing_done() 
 
 def test_a_lost_gpu_that_answers_again_was_reset() -> None:
     run = Run(fault(SEVENTHS, 79, at=1.0))
-    run.step(see=Inventory("1", (), (BrokenGpu(0, SEVENTHS.uuid, "no answer"),)), at=2.0)
+    run.step(see=Inventory(NODE.driver_version, (), (BrokenGpu(0, SEVENTHS.uuid, "no answer"),)), at=2.0)
     run.step(see=NODE, at=3.0)
     assert run.unfit() == everything_on(SEVENTHS), "it only did not answer"
-    run.step(see=Inventory("1", (), (BrokenGpu(0, SEVENTHS.uuid, "lost", lost=True),)), at=4.0)
-    run.step(see=Inventory("1", (), (BrokenGpu(0, SEVENTHS.uuid, "no answer"),)), at=5.0)
+    run.step(
+        see=Inventory(NODE.driver_version, (), (BrokenGpu(0, SEVENTHS.uuid, "lost", lost=True),)), at=4.0
+    )
+    run.step(see=Inventory(NODE.driver_version, (), (BrokenGpu(0, SEVENTHS.uuid, "no answer"),)), at=5.0)
     run.step(see=NODE, at=6.0)
     assert run.unfit() == set()
 
@@ -408,8 +417,8 @@ def test_all_are_cleared_at_once_with_the_history_of_those_that_got_well() -> No
         ([uuid(0, 9), "MIG-x"], "'MIG-x' is not sick"),
         ([uuid(0, 10)], "is not sick; sick are"),
         ([uuid(1, 2)], f"is not sick by itself, its GPU is: clear {ASSORTED.uuid}"),
-        ([WHOLE.uuid], "cannot be cleared: the driver wants of this GPU: GPU reset; the driver says so"),
-        ([uuid(3, 2)], "cannot be cleared: the driver wants of this GPU: node reboot; the driver says so"),
+        ([WHOLE.uuid], "cannot be cleared: the driver wants of this GPU: GPU reset; that is over"),
+        ([uuid(3, 2)], "cannot be cleared: the driver wants of this GPU: node reboot; that is over"),
         ([""], "'' is not sick"),
     ],
 )
@@ -422,6 +431,17 @@ def test_whom_nobody_can_clear_is_one_line_and_nothing_changes(ids: list[str], m
     with pytest.raises(InputError) as caught:
         clear(run.health, ids)
     assert message in str(caught.value)
+
+
+def test_a_sign_of_one_device_cannot_be_cleared_either() -> None:
+    devices = tuple(replace(d, uncorrected=2) if d.gi == 9 else d for d in SEVENTHS.devices)
+    run = Run(fault(SEVENTHS, 94, 9, 0))
+    run.step(see=inventory(replace(SEVENTHS, devices=devices)))
+    cleared = clear(run.health, [uuid(0, 9)])
+    (note,) = cleared.notes
+    assert note.startswith(f"{uuid(0, 9)} stays unhealthy for as long as that is true: 2 uncorrected")
+    with pytest.raises(InputError, match="cannot be cleared: 2 uncorrected"):
+        clear(cleared.health, [uuid(0, 9)])
 
 
 def test_nobody_is_sick_is_said_where_nobody_is() -> None:
@@ -438,3 +458,118 @@ def test_what_is_unfit_all_the_same_is_said() -> None:
     assert by_driver.startswith(
         f"{ASSORTED.uuid} stays unhealthy for as long as that is true: the driver wants"
     )
+
+
+def test_another_driver_or_the_same_one_loaded_anew_is_the_end_of_all() -> None:
+    for other in (replace(NODE, driver_version="595.1"), replace(NODE, module=2)):
+        run = Run()
+        run.step(fault(SEVENTHS, 94, 9, 0), fault(ASSORTED, 79), see=replace(NODE, module=1))
+        run.step()
+        assert run.unfit()
+        run.step(see=other, at=10.0)
+        assert run.unfit() == set()
+        assert {change.reason.partition(";")[0] for change in run.changes if not change.sick} == {
+            "the driver was loaded anew"
+        }
+        run.step(fault(ASSORTED, 79, at=11.0), at=11.0)
+        assert not run.health.sick[ASSORTED.uuid].stays, "nobody recovered: it was another life"
+
+
+def test_a_module_that_cannot_be_seen_is_no_other_module() -> None:
+    run = Run()
+    run.step(fault(ASSORTED, 79), see=replace(NODE, module=1))
+    run.step(see=replace(NODE, module=None), at=10.0)
+    assert run.unfit() == everything_on(ASSORTED)
+    run.step(see=replace(NODE, module=2), at=20.0)
+    assert run.unfit() == everything_on(ASSORTED), "it was not seen what it was before"
+
+
+def with_files(of: Gpu, files: dict[int, bool | None]) -> Inventory:
+    """A node of one GPU, with what is seen of the files of its GPU instances."""
+    devices = tuple(replace(device, files=files.get(device.gi, True)) for device in of.devices)
+    return inventory(replace(of, devices=devices))
+
+
+def test_a_device_whose_files_vanish_is_unfit_until_they_are_back() -> None:
+    run = Run()
+    run.step(see=with_files(SEVENTHS, {}))
+    run.step(see=with_files(SEVENTHS, {9: False}))
+    run.step()
+    assert run.unfit() == {uuid(0, 9)}
+    assert run.changes[-1] == Change(
+        DeviceId(uuid(0, 9)),
+        SEVENTHS.uuid,
+        sick=True,
+        reason="its capability files are gone: no container could open it",
+    )
+    run.step(see=with_files(SEVENTHS, {}))
+    assert run.unfit() == set()
+
+
+def test_files_that_were_never_seen_have_not_vanished() -> None:
+    """The NVIDIA runtime may show a container no instances, or only those of before it started."""
+    run = Run()
+    run.step(see=with_files(SEVENTHS, {9: False, 10: None}))
+    run.step(see=with_files(SEVENTHS, {9: False, 10: False}))
+    assert run.unfit() == set()
+
+
+def test_files_that_can_no_longer_be_seen_have_not_vanished() -> None:
+    run = Run()
+    run.step(see=with_files(SEVENTHS, {}))
+    run.step(see=with_files(SEVENTHS, dict.fromkeys(range(7, 14))))
+    assert run.unfit() == set()
+
+
+def test_files_of_an_instance_that_was_made_anew_elsewhere_are_not_missed() -> None:
+    run = Run()
+    run.step(see=with_files(SEVENTHS, {}))
+    run.step(see=with_files(gpu(0, (9, "2g.10gb", 0, 2)), {9: False}))
+    assert run.unfit() == set()
+
+
+def uncorrected(
+    of: Gpu, counts: dict[int, int], *, whole: int | None = None, action: int | None = None
+) -> Inventory:
+    devices = tuple(replace(device, uncorrected=counts.get(device.gi, 0)) for device in of.devices)
+    return inventory(replace(of, devices=devices, signs=Signs(action=action, uncorrected=whole)))
+
+
+def test_uncorrected_memory_errors_are_a_sign_of_their_instance_or_gpu() -> None:
+    run = Run()
+    run.step(see=uncorrected(SEVENTHS, {9: 2}))
+    assert run.unfit() == {uuid(0, 9)}
+    run.step(see=uncorrected(SEVENTHS, {}))
+    assert run.unfit() == set()
+    run.step(see=uncorrected(WHOLE, {}, whole=1))
+    assert run.unfit() == {WHOLE.uuid}
+    assert "1 uncorrected memory errors" in run.health.why(DeviceId(WHOLE.uuid), WHOLE.uuid)
+
+
+def test_where_the_driver_tells_an_action_it_outranks_its_counters() -> None:
+    run = Run()
+    run.step(see=uncorrected(SEVENTHS, {9: 2}, whole=2, action=0))
+    assert run.unfit() == set()
+
+
+def test_no_sign_counts_where_all_checks_are_off() -> None:
+    run = Run(checks=Checks(None, signs=False))
+    run.step(see=uncorrected(SEVENTHS, {9: 2}))
+    assert run.unfit() == set()
+
+
+def test_a_process_that_the_driver_sees_stands_against_getting_well_by_rest() -> None:
+    run = Run(fault(SEVENTHS, 94, 9, 0), fault(ASSORTED, 94, 2, 0))
+    assert suspects(run.health) == {uuid(0, 9), uuid(1, 2)}
+    run.step(see=replace(NODE, running=frozenset({uuid(0, 9)})), at=10.0)
+    run.step(at=310.0)
+    assert run.unfit() == {uuid(0, 9)}, "no pod holds it, but something that no kubelet knows does"
+    run.step(see=NODE, at=320.0)
+    assert run.unfit() == {uuid(0, 9)}
+    run.step(at=620.0)
+    assert run.unfit() == set()
+
+
+def test_who_waits_to_be_left_alone_is_looked_at_now_and_then() -> None:
+    run = Run(fault(SEVENTHS, 94, 9, 0))
+    assert look_at(run.health, 100.0) == 100.0 + LOOK_EVERY

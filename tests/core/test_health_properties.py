@@ -1,5 +1,6 @@
-"""Any sequence of faults, recoveries and geometry changes: health is what happened to each instance."""
+"""Any sequence of faults, recoveries, changes and restarts: health is what happened to each instance."""
 
+import json
 from dataclasses import dataclass, field, replace
 
 from hypothesis import settings
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from migplugin.core.health import BELIEVED_AFTER, RELAPSE_WITHIN, Fault, Health, Scene, fold
+from migplugin.core.health_record import record, restore
 from migplugin.core.inventory import BrokenGpu, DeviceId, Gpu, Inventory, Signs
 from migplugin.core.xid import Checks
 from tests.core.examples import gpu
@@ -37,6 +39,8 @@ class Thing:
     resting: float | None = None
     well_at: float | None = None
     doomed: bool = False
+    files: bool = True
+    errors: int = 0
 
     def hit(self, code: int, now: float) -> None:
         if not self.faults:
@@ -72,12 +76,16 @@ class Machine(RuleBasedStateMachine):
         self.silent = [False, False]
         self.actions: list[int | None] = [None, None]
         self.held: set[str] = set()
+        self.module = 1
         self.look()
 
     def card(self, n: int) -> Gpu:
-        by_gi = {gi: [ci for g, ci in self.slots[n] if g == gi] for gi in (1, 2)}
-        made = gpu(n, *((gi, "3g.20gb", 4 * (gi - 1), 4, ("1c.3g.20gb",) * 2) for gi in by_gi))
-        live = tuple(d for d in made.devices if d.ci in by_gi[d.gi])
+        made = gpu(n, *((gi, "3g.20gb", 4 * (gi - 1), 4, ("1c.3g.20gb",) * 2) for gi in (1, 2)))
+        live = tuple(
+            replace(d, files=thing.files, uncorrected=thing.errors)
+            for d in made.devices
+            if (thing := self.slots[n].get((d.gi, d.ci))) is not None
+        )
         return replace(made, devices=live, signs=Signs(self.actions[n]))
 
     def look(self, *faults: Fault) -> None:
@@ -85,7 +93,7 @@ class Machine(RuleBasedStateMachine):
         there = tuple(card for n, card in enumerate(cards) if not self.silent[n])
         broken = tuple(BrokenGpu(n, card.uuid, "silent") for n, card in enumerate(cards) if self.silent[n])
         pods = frozenset(map(DeviceId, self.held))
-        node = Inventory("1", there, broken)
+        node = Inventory("1", there, broken, module=self.module)
         scene = Scene(self.now, node, self.now, answers=True, held=pods, held_known=self.now)
         for n in (0, 1):
             if self.silent[n]:
@@ -145,6 +153,34 @@ class Machine(RuleBasedStateMachine):
         self.held ^= {(card.uuid, *(d.uuid for d in card.devices))[which]}
         self.look()
 
+    @rule(n=st.integers(0, 1), slot=st.sampled_from(SLOTS), errors=st.sampled_from([0, 1]))
+    def files_vanish_or_memory_fails(self, n: int, slot: tuple[int, int], errors: int) -> None:
+        thing = self.slots[n].get(slot)
+        if thing is not None and not self.silent[n]:
+            thing.files, thing.errors = not thing.files, errors
+            self.look()
+
+    @rule()
+    def the_driver_is_loaded_anew(self) -> None:
+        """Both GPUs answer again, or do not yet; nobody is sick of anything that came before."""
+        self.module += 1
+        for things in (self.cards, *(list(slots.values()) for slots in self.slots)):
+            for thing in things:
+                thing.faults, thing.resting, thing.well_at, thing.doomed = [], None, None, False
+        self.look()
+
+    @rule()
+    def the_agent_is_started_anew(self) -> None:
+        """It forgets how long anybody has rested, and whose files it has seen; nothing else."""
+        self.health = restore(json.loads(json.dumps(record(self.health))), self.now)
+        for thing in (*self.cards, *(thing for slots in self.slots for thing in slots.values())):
+            thing.resting = None
+        self.silent = [False, False]
+        for slots in self.slots:
+            for thing in slots.values():
+                thing.files = True
+        self.look()
+
     @rule(seconds=st.sampled_from([0.5, 6.0, 299.0, 301.0, 3000.0]))
     def wait(self, seconds: float) -> None:
         self.now += seconds
@@ -157,7 +193,9 @@ class Machine(RuleBasedStateMachine):
             whole = bool(self.cards[n].faults) or bool(self.actions[n])
             assert bool(self.health.why(DeviceId(card.uuid), card.uuid)) == whole
             for device in card.devices:
-                sick = whole or bool(self.slots[n][device.gi, device.ci].faults)
+                thing = self.slots[n][device.gi, device.ci]
+                counted = thing.errors > 0 and self.actions[n] is None
+                sick = whole or bool(thing.faults) or not thing.files or counted
                 assert bool(self.health.why(device.uuid, card.uuid)) == sick, (device.gi, device.ci)
 
     @invariant()

@@ -111,8 +111,10 @@ def test_only_an_agent_knows_leases_refusals_registrations_and_since_when() -> N
 
 def test_who_is_sick_is_told_with_why_since_when_and_until_what() -> None:
     wishing = replace(gpu(2, (9, "1g.5gb", 0, 1)), signs=Signs(1))
+    failing = gpu(3, (9, "1g.5gb", 0, 1))
+    failing = replace(failing, devices=(replace(failing.devices[0], uncorrected=1),))
     came = (Fault(SEVENTHS.uuid, 9, 0, 94, 1, 1.0, 1.0), Fault(ASSORTED.uuid, None, None, 79, 1, 5.0, 5.0))
-    world = World(31.0, inventory(SEVENTHS, ASSORTED, wishing), usage=usage(), faults=came)
+    world = World(31.0, inventory(SEVENTHS, ASSORTED, wishing, failing), usage=usage(), faults=came)
     document = status(world, decide(world))
     found = devices(document)
     nine = found[uuid(0, 9)]
@@ -122,12 +124,13 @@ def test_who_is_sick_is_told_with_why_since_when_and_until_what() -> None:
         30.0,
     )
     assert (found[uuid(1, 2)].until or "").startswith("until its GPU is reset")
-    assert found[uuid(2, 9)].until == UNTIL_UNSAID
+    assert found[uuid(2, 9)].until == found[uuid(3, 9)].until == UNTIL_UNSAID
     assert (found[uuid(0, 8)].health, found[uuid(0, 8)].until) == ("healthy", None)
     assert [(s.id, s.gpu_index, s.profile, s.sick_for, s.clearable) for s in document.sick] == [
         (uuid(0, 9), 0, "1g.5gb", 30.0, True),
         (ASSORTED.uuid, 1, None, 26.0, True),
         (wishing.uuid, 2, None, None, False),
+        (uuid(3, 9), 3, "1g.5gb", None, False),
     ]
 
 
@@ -135,7 +138,7 @@ def test_who_is_sick_is_told_also_where_it_is_in_no_resource_and_its_gpu_silent(
     world = World(1.0, inventory(SEVENTHS, gpu(1)), usage=usage(), options=Options(Strategy.NONE))
     came = (Fault(SEVENTHS.uuid, 9, 0, 94, 1, 1.0, 1.0), Fault(GpuUuid(uuid(1)), None, None, 79, 1, 1.0, 1.0))
     health = decide(replace(world, faults=came)).memory
-    silent = Inventory("1", (SEVENTHS,), (BrokenGpu(3, None, "no answer"),))
+    silent = replace(inventory(SEVENTHS), broken=(BrokenGpu(3, None, "no answer"),))
     document = of(silent, memory=health, options=Options(Strategy.NONE))
     assert [(s.id, s.gpu_index) for s in document.sick] == [(uuid(0, 9), 0), (uuid(1), None)]
 

@@ -174,6 +174,7 @@ class Watched:
     driver: Driver
     geometry: asyncio.Event = field(default_factory=asyncio.Event)
     fault: asyncio.Event = field(default_factory=asyncio.Event)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
     told: Counter[str] = field(default_factory=Counter)
 
     def hears(self) -> bool:
@@ -198,6 +199,10 @@ def edge(place: Machine, *, deadline: float = 5.0) -> Watched:
         watched.told["fault"] += 1
         watched.fault.set()
 
+    def on_news() -> None:
+        watched.told["news"] += 1
+        watched.news.set()
+
     watched = Watched(
         Driver(
             library=lambda: place.library,
@@ -208,6 +213,7 @@ def edge(place: Machine, *, deadline: float = 5.0) -> Watched:
             deadline=deadline,
             on_geometry=on_geometry,
             on_fault=on_fault,
+            on_news=on_news,
         )
     )
     return watched

@@ -3,8 +3,6 @@
 import ctypes
 import logging
 import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,25 +10,12 @@ from typing import Any
 import pynvml
 import pytest
 
-from migplugin.errors import DriverError, DriverNotReady, LibraryMissing
+from migplugin.errors import DriverError, DriverNotReady, LibraryMissing, LibraryOutdated
 from migplugin.nvml import binding, capabilities
-from migplugin.nvml.binding import LIBRARY_DIRECTORIES, SONAME
 from migplugin.nvml.codes import Code, describe
+from migplugin.nvml.library import LIBRARY_DIRECTORIES, SONAME
+from tests.fakes.nvml_library import compile_library, needs_cc
 from tests.nvml.machine import SEVEN, Machine, machine
-
-_SOURCE = """
-int nvmlInitWithFlags(unsigned int flags) { return %(code)d; }
-int nvmlShutdown(void) { return 0; }
-int nvmlSystemGetDriverVersion(char *out, unsigned int length) {
-    const char *text = "%(version)s";
-    unsigned int i = 0;
-    for (; text[i] && i + 1 < length; i++) out[i] = text[i];
-    out[i] = 0;
-    return 0;
-}
-"""
-
-needs_cc = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -50,18 +35,6 @@ def unknown_to_the_linker(monkeypatch: pytest.MonkeyPatch) -> None:
         return honest(name, *arguments)
 
     monkeypatch.setattr(ctypes, "CDLL", without)
-
-
-def compile_library(root: Path, directory: str, version: str = "580.1", code: int = 0) -> None:
-    """A real shared library that answers three calls, in a driver root."""
-    where = root / directory
-    where.mkdir(parents=True)
-    source = where / "nvml.c"
-    source.write_text(_SOURCE % {"version": version, "code": code})
-    subprocess.run(
-        ["cc", "-shared", "-fPIC", f"-Wl,-soname,{SONAME}", "-o", str(where / SONAME), str(source)],
-        check=True,
-    )
 
 
 @needs_cc
@@ -108,9 +81,9 @@ def test_a_real_library_without_a_function_says_so(tmp_path: Path) -> None:
     compile_library(tmp_path, "lib64")
     binding.load(search=tmp_path)
     with pytest.raises(
-        DriverError, match=r"nvmlDeviceGetCount: this driver does not have that function \(13\)"
+        DriverError, match=r"nvmlDeviceGetHandleByIndex: this driver does not have that function \(13\)"
     ):
-        binding.gpu_count()
+        binding.gpu(0)
 
 
 @needs_cc
@@ -186,7 +159,8 @@ def test_every_code_becomes_one_error_with_its_call_and_number(place: Machine, c
     assert (error.value.call, error.value.code) == ("nvmlDeviceGetCount", code)
     assert str(error.value).startswith("nvmlDeviceGetCount: ")
     assert str(int(code)) in str(error.value)
-    assert isinstance(error.value, DriverNotReady) == (code in {9, 18})
+    assert isinstance(error.value, DriverNotReady) == (code == 9)
+    assert isinstance(error.value, LibraryOutdated) == (code == 18)
 
 
 def test_numbers_without_a_meaning_stay_numbers() -> None:

@@ -38,6 +38,7 @@ async def driver(request: pytest.FixtureRequest) -> AsyncIterator[Driver]:
         deadline=60.0,
         on_geometry=lambda: None,
         on_fault=lambda: None,
+        on_news=lambda: None,
     )
     yield real
     await real.close()

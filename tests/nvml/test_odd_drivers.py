@@ -10,6 +10,7 @@ import pytest
 
 from migplugin.nvml import binding
 from migplugin.nvml.capabilities import Capabilities
+from migplugin.nvml.library import SONAME
 from tests.nvml.machine import SEVEN, Watched, devices, machine, watching
 
 WAIT, INIT, REGISTER = "nvmlEventSetWait_v2", "nvmlInitWithFlags", "nvmlDeviceRegisterEvents"
@@ -150,11 +151,11 @@ def test_an_instance_that_leaves_while_its_files_are_read_hides_no_other(
 def test_a_library_that_was_passed_over_for_that_of_the_linker_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "usr/lib64" / binding.SONAME
+    path = tmp_path / "usr/lib64" / SONAME
     path.parent.mkdir(parents=True)
     path.write_bytes(b"no library")
     load, found = ctypes.CDLL, object()
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: found if name == binding.SONAME else load(name))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: found if name == SONAME else load(name))
     with caplog.at_level(logging.WARNING):
         binding.load(search=tmp_path)
     assert [record.getMessage() for record in caplog.records] == [

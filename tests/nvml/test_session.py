@@ -9,7 +9,7 @@ import pytest
 
 from migplugin.errors import DriverError, DriverNotReady, DriverTimeout, LibraryMissing
 from migplugin.nvml import driver as edges
-from migplugin.sim.records import Failure
+from migplugin.sim.records import Failure, Process
 from tests.nvml.machine import SEVEN, devices, edge, machine, until, watching
 
 INIT, SHUTDOWN, WAIT = "nvmlInitWithFlags", "nvmlShutdown", "nvmlEventSetWait_v2"
@@ -451,6 +451,30 @@ async def test_a_library_that_is_installed_later_is_loaded_then() -> None:
                 await watched.driver.look()
         assert len(devices(await watched.driver.look())) == 7
         await watched.driver.close()
+
+
+async def test_processes_are_asked_for_only_where_somebody_wants_to_know() -> None:
+    with machine("1xa100-40gb=1g.5gb*2,1xa100-40gb") as place:
+        (busy, ci), (_, idle) = place.node.gpus[0].mig_devices()
+        whole = place.node.gpus[1].uuid
+        place.change(lambda node: node.gpus[0].ci(busy.id, ci.id).processes.append(Process(7, "python3")))
+        place.change(lambda node: node.gpus[1].record.processes.append(Process(8, "python3")))
+        async with watching(place) as watched:
+            assert (await watched.driver.look()).running == frozenset()
+            assert "nvmlDeviceGetComputeRunningProcesses_v3" not in place.calls
+            asked = frozenset({ci.uuid, idle.uuid, whole})
+            assert (await watched.driver.look(processes_of=asked)).running == {ci.uuid, whole}
+
+
+@pytest.mark.parametrize(
+    "symbol", ["nvmlDeviceGetComputeRunningProcesses_v3", "nvmlDeviceGetMemoryErrorCounter"]
+)
+async def test_a_driver_that_cannot_be_asked_about_fitness_is_served(symbol: str) -> None:
+    with machine(SEVEN, missing_symbols=[symbol]) as place:
+        async with watching(place) as watched:
+            seen = await watched.driver.look(processes_of=frozenset(place.uuids()))
+            assert len(devices(seen)) == 7
+            assert seen.running == frozenset()
 
 
 async def test_after_the_end_a_look_is_refused_and_another_end_is_nothing() -> None:

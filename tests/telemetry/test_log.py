@@ -5,7 +5,7 @@ import logging
 import subprocess
 import sys
 
-from migplugin.telemetry.log import JsonFormatter, TextFormatter
+from migplugin.telemetry.log import MOST_WAITING, JsonFormatter, TextFormatter
 
 
 def record(phrase: str, **fields: object) -> logging.LogRecord:
@@ -61,3 +61,45 @@ def test_a_kubelet_that_goes_away_under_an_answer_is_no_failure_of_ours() -> Non
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "ExecuteBatchError" not in done.stderr
     assert "ValueError: ours" in done.stderr
+
+
+def test_a_reader_that_stops_reading_keeps_nobody_waiting() -> None:
+    code = (
+        "import logging, sys, threading; from migplugin.telemetry.log import MOST_WAITING, configure\n"
+        "configure('info', 'json')\n"
+        "for n in range(3 * MOST_WAITING): logging.getLogger('m').info('x', extra={'n': n, 'y': 'z' * 100})\n"
+        "print('all said', flush=True); sys.stdin.readline()\n"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "all said\n"
+        for line in process.stderr:
+            told = json.loads(line)
+            if told["message"] == "log lines were lost, nobody read them":
+                break
+            last = told["n"]
+        process.communicate("\n")
+    assert last + 1 + told["lost"] == 3 * MOST_WAITING
+    assert process.returncode == 0
+
+
+def test_a_reader_that_never_reads_holds_back_no_end() -> None:
+    code = (
+        "import logging; from migplugin.telemetry.log import configure; configure('info', 'text')\n"
+        "for n in range(9000): logging.getLogger('m').info('line', extra={'text': 'x' * 100})\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as process:
+        assert process.wait(10) == 0
+
+
+def test_what_was_said_last_is_written_before_the_end() -> None:
+    code = (
+        "import logging; from migplugin.telemetry.log import configure; configure('info', 'text')\n"
+        "for n in range(2000): logging.getLogger('m').info('line', extra={'n': n})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1].endswith("line n=1999")

@@ -1,0 +1,139 @@
+"""libnvidia-ml.so.1 as a file: found where the driver is mounted, loaded by its full path, and watched.
+
+A process keeps the library that it has loaded, whatever a driver update puts in its place, and pynvml
+offers no way to be rid of it. So when another file lies there, a process of its own tries whether that one
+gets on with the kernel's driver; if it does, only a new start of ours can help (LibraryOutdated). If it
+does not, the update is under way, or waits for a reboot, and the old library may serve until then.
+"""
+
+import ctypes
+import logging
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from migplugin.errors import LibraryMissing
+
+log = logging.getLogger(__name__)
+
+SONAME = "libnvidia-ml.so.1"
+# Where NVIDIA's own plugin looks below the driver root (nvidia-device-plugin.md 1.1).
+LIBRARY_DIRECTORIES = (
+    "usr/lib64",
+    "usr/lib/x86_64-linux-gnu",
+    "usr/lib/aarch64-linux-gnu",
+    "lib64",
+    "lib/x86_64-linux-gnu",
+    "lib/aarch64-linux-gnu",
+)
+TRY_EVERY, TRY_WITHIN = 10.0, 5.0
+
+_TRIAL = "import ctypes, sys; sys.exit(ctypes.CDLL(sys.argv[1]).nvmlInitWithFlags(0) != 0)"
+
+File = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """What pynvml is to speak to, and the file it is of: None where it is no file (the simulator)."""
+
+    functions: object
+    path: Path | None = None
+    file: File | None = None
+
+
+def find(search: Path | None) -> Library:
+    """The driver's own library, below `search` or by its soname.
+
+    Raises LibraryMissing, naming what can be done about it.
+    """
+    unloadable = ""
+    for directory in LIBRARY_DIRECTORIES if search is not None else ():
+        path = (search or Path("/")) / directory / SONAME
+        try:
+            path.lstat()
+            file = _file(path)
+            functions = ctypes.CDLL(str(path))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as exc:
+            # Also of a link that leads out of the mounted root, and of a directory that we may not enter.
+            unloadable = unloadable or f"{path} cannot be loaded ({exc}); "
+            continue
+        log.info("NVML library", extra={"path": str(path)})
+        return Library(functions, path, file)
+    try:
+        functions = ctypes.CDLL(SONAME)
+    except OSError as exc:
+        where = (
+            "not known to the dynamic linker"
+            if search is None
+            else f"not below {search}, nor known to the linker"
+        )
+        at = "" if search is None else f" at {search}"
+        raise LibraryMissing(
+            f"{unloadable}{SONAME} is {where}: run this container with the NVIDIA runtime "
+            f"(runtimeClassName: nvidia), or mount the host's driver root{at}"
+        ) from exc
+    if unloadable:
+        log.warning(
+            "the driver root's NVML library was passed over", extra={"reason": unloadable.strip("; ")}
+        )
+    linked = _linked()
+    return Library(functions, linked, None if linked is None else _file(linked))
+
+
+class Successor:
+    """Whether a library that works lies where `library` was loaded from, tried now and then."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self._tried_at = float("-inf")
+        self._told: File | None = None
+
+    def works(self) -> bool:
+        """A file that is gone, which it is for a while in every update, is no successor."""
+        path = self._library.path
+        if path is None or self._library.file is None:
+            return False
+        file, now = _file(path), time.monotonic()
+        if file in {None, self._library.file} or now < self._tried_at + TRY_EVERY:
+            return False
+        self._tried_at = now
+        works = _works(path)
+        if not works and file != self._told:
+            self._told = file
+            log.info(
+                "another NVML library lies there now and does not fit the driver, the loaded one stays",
+                extra={"path": str(path)},
+            )
+        return works
+
+
+def _works(path: Path) -> bool:
+    command = (sys.executable, "-ISc", _TRIAL, str(path))
+    try:
+        tried = subprocess.run(command, capture_output=True, timeout=TRY_WITHIN, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return tried.returncode == 0
+
+
+def _linked() -> Path | None:
+    """Where the dynamic linker found it: the name that a driver update changes, beside the file itself."""
+    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+        name = Path(line.partition("/")[2])
+        if name.name.startswith("libnvidia-ml.so"):
+            return Path("/") / name.with_name(SONAME)
+    return None
+
+
+def _file(path: Path) -> File | None:
+    """What tells one file from another, None where there is none. The inode of a loaded one stays taken."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
