@@ -112,7 +112,11 @@ def serve(**flags: str | None) -> None:
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of the JSON output instead.")
 @_plain
 def status(output: str, schema: bool, no_color: bool, **flags: str | None) -> None:
-    """Show this node's GPUs, what sits in them, and who holds it: as the running agent says, if one runs."""
+    """Show this node's GPUs, what sits in them, and who holds it.
+
+    The running agent is asked. Where none answers, or with --simulate, this command looks for itself and
+    says so.
+    """
     if schema:
         from migplugin.agentapi import document  # noqa: PLC0415
 
@@ -139,7 +143,10 @@ def status(output: str, schema: bool, no_color: bool, **flags: str | None) -> No
 @_plain
 @click.pass_context
 def health(ctx: click.Context, /, no_color: bool, **flags: str | None) -> None:
-    """Show who is sick, why, since when and until what; `clear` takes a device for well again."""
+    """Show who is sick, why, since when and until what.
+
+    It is told by the running agent or, where none answers, from what the last one has recorded.
+    """
     ctx.obj = flags
     if ctx.invoked_subcommand is not None:
         return
