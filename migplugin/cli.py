@@ -16,7 +16,7 @@ import click
 
 from migplugin import __version__
 from migplugin.errors import InputError, MigpluginError
-from migplugin.settings import SERVE, STATUS, TABLE, Setting, describe, resolve
+from migplugin.settings import CLEAR, SERVE, STATUS, TABLE, Setting, describe, resolve
 
 
 class _Lazy(click.Group):
@@ -160,7 +160,7 @@ def health(ctx: click.Context, /, no_color: bool, **flags: str | None) -> None:
 @health.command("clear")
 @click.argument("ids", metavar="[ID]...", nargs=-1)
 @click.option("--all", "everybody", is_flag=True, help="Everything that is sick of a fault.")
-@_options(STATUS)
+@_options(CLEAR)
 @click.pass_obj
 def clear_health(
     given: dict[str, str | None], /, ids: tuple[str, ...], everybody: bool, **flags: str | None

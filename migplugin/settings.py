@@ -13,7 +13,7 @@ from typing import Any
 from migplugin.core.document import Document
 from migplugin.errors import InputError
 
-SERVE, STATUS = "serve", "status"
+SERVE, STATUS, CLEAR = "serve", "status", "clear"
 DEFAULT = "default"  # as the source of a value
 
 _DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)?")
@@ -238,6 +238,7 @@ def parse_domain(text: str) -> str:
 _DOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _LIST_STRATEGIES = ("envvar", "volume-mounts", "cdi-annotations", "cdi-cri")
 _BOTH = frozenset({SERVE, STATUS})
+_ALL = _BOTH | {CLEAR}
 _PLUGIN = "flags.plugin."
 _OURS = "migplugin."
 
@@ -366,7 +367,7 @@ TABLE: tuple[Setting, ...] = (
     Setting(
         "kubelet_socket", ("KUBELET_SOCKET",), "", "/var/lib/kubelet/device-plugins/kubelet.sock", parse_path, "PATH",
         "The kubelet's registration socket; its directory is where our sockets and the node lock go.",
-        commands=_BOTH,
+        commands=_ALL,
     ),
     Setting(
         "pod_resources_socket", ("MIGPLUGIN_POD_RESOURCES_SOCKET",), "",
@@ -378,7 +379,7 @@ TABLE: tuple[Setting, ...] = (
         "control_socket", ("MIGPLUGIN_CONTROL_SOCKET",), "", "/run/migplugin/agent.sock", parse_optional_path, "PATH",
         "Where the running agent answers `migplugin status` and `migplugin health`, for root alone; as a flag without "
         "a value: nowhere.",
-        commands=_BOTH,
+        commands=_ALL,
     ),
     Setting(
         "poll_interval", ("MIGPLUGIN_POLL_INTERVAL",), _OURS + "pollInterval", "", parse_interval, "DURATION",
@@ -408,7 +409,7 @@ TABLE: tuple[Setting, ...] = (
         "state_dir", ("MIGPLUGIN_STATE_DIR",), _OURS + "stateDir", "", parse_root, "PATH",
         "Where sick devices are remembered when the agent is started anew; unset: `migplugin` in the directory of the "
         "kubelet's socket. `migplugin health clear` has them forgotten.",
-        commands=_BOTH,
+        commands=_ALL,
     ),
     Setting(
         "nvml_timeout", ("MIGPLUGIN_NVML_TIMEOUT",), _OURS + "nvmlTimeout", "15s", parse_timeout, "DURATION",
@@ -418,7 +419,7 @@ TABLE: tuple[Setting, ...] = (
     Setting(
         "proc_root", ("MIGPLUGIN_PROC_ROOT",), "", "/proc", parse_path, "PATH",
         "Where the host's `/proc` is seen, for MIG capabilities.",
-        commands=_BOTH,
+        commands=_ALL,
     ),
     Setting(
         "sysfs_root", ("MIGPLUGIN_SYSFS_ROOT",), "", "/sys", parse_path, "PATH",
@@ -429,7 +430,7 @@ TABLE: tuple[Setting, ...] = (
         "simulate", (), "", "", str, "SPEC|DIR",
         "Run on a simulated driver instead of a real one: a new node such as `1xa100-40gb=1g.5gb*7`, or a directory "
         "that `migplugin sim init` made. For trying and testing only.",
-        commands=_BOTH,
+        commands=_ALL,
     ),
     Setting(
         "force_simulate", (), "", "false", parse_bool, "BOOL",
@@ -444,7 +445,7 @@ TABLE: tuple[Setting, ...] = (
     Setting(
         "config_file", ("CONFIG_FILE",), "", "", str, "PATH",
         "A configuration file in NVIDIA's v1 format, YAML or JSON. It is followed: a change applies without a restart.",
-        commands=_BOTH,
+        commands=_ALL,
     ),
     Setting(
         "strict_config", ("MIGPLUGIN_STRICT_CONFIG",), "", "false", parse_bool, "BOOL",
