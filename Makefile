@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PROTOS := deviceplugin/v1beta1/api.proto podresources/v1/api.proto
+PROTOS := agent/v1/agent.proto deviceplugin/v1beta1/api.proto podresources/v1/api.proto
 # Tests run against the built wheel, and from elsewhere: here `migplugin` would be this tree's.
 TESTED := build/tested
 PYTEST := cd $(TESTED) && MIGPLUGIN_TESTED=$(CURDIR)/$(TESTED) bin/python -m pytest --rootdir=../.. -c ../../pyproject.toml
 LOCK := uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate
 
-.PHONY: help setup demo test check manifests bench package image arm64 fmt protos locks lock-upgrade readme clean
+.PHONY: help setup demo test check manifests bench package image arm64 fmt protos locks lock-upgrade derived clean
 .DEFAULT_GOAL := help
 
 help: ## what each target does
@@ -32,7 +32,7 @@ test: $(STAMP) ## all tests, against the built wheel
 	@.ci/tested
 	$(PYTEST) ../../tests
 
-check: $(STAMP) ## ruff, mypy, import layers, stubs, locks, settings table
+check: $(STAMP) ## ruff, mypy, import layers, stubs, locks, settings table, schema
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -75,8 +75,8 @@ lock-upgrade: $(STAMP) ## resolve both lock files anew
 	@$(BIN)/$(LOCK) --upgrade --extra dev pyproject.toml -o requirements-dev.lock
 	@$(BIN)/$(LOCK) --upgrade --constraint requirements-dev.lock pyproject.toml -o requirements.lock
 
-readme: $(STAMP) ## write the settings table of README.md from settings.py
-	@$(BIN)/python .ci/generated.py --write-readme
+derived: $(STAMP) ## write README's settings table and docs/status.schema.json from migplugin/
+	@$(BIN)/python .ci/generated.py --write
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) .tools build dist bench-results .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,6 +1,6 @@
-"""Whether what is generated is what its source gives: stubs, lock files, the README's settings table.
+"""Whether what is generated is what its source gives: stubs, lock files, README's settings table, the schema.
 
-`--write-readme` writes the table instead of comparing it.
+`--write` writes the table and the schema of the status document instead of comparing them.
 """
 
 import re
@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- settings: made by `make readme` -->\n", "<!-- end of settings -->\n"
+BEGIN, END = "<!-- settings: made by `make derived` -->\n", "<!-- end of settings -->\n"
 
 
 def make(target: str, where: Path) -> None:
@@ -72,9 +72,20 @@ def readme() -> str:
     return before + BEGIN + markdown_table() + END + after
 
 
+def schema() -> str:
+    """docs/status.schema.json as `migplugin status --schema` prints it."""
+    from migplugin.agentapi import document
+
+    return document.schema() + "\n"
+
+
+DERIVED = {"README.md": readme, "docs/status.schema.json": schema}
+
+
 def main() -> None:
-    if "--write-readme" in sys.argv:
-        (ROOT / "README.md").write_text(readme())
+    if "--write" in sys.argv:
+        for name, derive in DERIVED.items():
+            (ROOT / name).write_text(derive())
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
@@ -90,13 +101,16 @@ def main() -> None:
         for name in ("protos", "migplugin"):
             shutil.copytree(ROOT / name, copy / name)
         problems = stubs(copy) + locks(copy)
-    if readme() != (ROOT / "README.md").read_text():
-        problems.append("README.md: the settings table differs from settings.py; run `make readme`")
+    problems += [
+        f"{name} differs from what migplugin/ gives; run `make derived`"
+        for name, derive in DERIVED.items()
+        if not (ROOT / name).is_file() or (ROOT / name).read_text() != derive()
+    ]
     for problem in problems:
         print(problem)
     if problems:
         sys.exit(1)
-    print("stubs, lock files and the settings table are what their sources give")
+    print("stubs, lock files, settings table and schema are what their sources give")
 
 
 main()

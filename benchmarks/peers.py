@@ -32,6 +32,7 @@ def ours(kubelet: Kubelet, state: Path) -> tuple[str, ...]:
         *(sys.executable, "-m", "migplugin", "serve", f"--simulate={state}", "--removal-delay=1s"),
         "--force-simulate",
         *(f"--kubelet-socket={kubelet.socket}", f"--pod-resources-socket={kubelet.pod_resources_socket}"),
+        f"--control-socket={kubelet.socket.parent.parent}/agent.sock",
     )
 
 

@@ -13,25 +13,26 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from migplugin import __version__
-from migplugin.aio import keep_running
+from migplugin.aio import first_of, keep_running
 from migplugin.control.healthfile import HealthFile
 from migplugin.control.ports import Preparation
 from migplugin.control.preparation import Nodes, Publication
 from migplugin.control.reconciler import Pace, Reconciler
 from migplugin.core import cdi
 from migplugin.core.allocation import EditOptions
-from migplugin.core.decide import Options
+from migplugin.core.decide import Memory, Options
+from migplugin.core.health import Cleared, clear
 from migplugin.core.naming import naming
 from migplugin.core.resource import Strategy
 from migplugin.core.sharing import ALL, time_slicing
 from migplugin.core.xid import parse_checks
-from migplugin.errors import InputError
+from migplugin.errors import AgentError, InputError
 from migplugin.kubelet.cdi import CdiFile
 from migplugin.kubelet.podresources import CHECKPOINT_NAME, UsageReader
 from migplugin.kubelet.sockets import NodeLock, remove_stale
@@ -42,13 +43,18 @@ from migplugin.reload import Reload
 from migplugin.settings import DEFAULT, Settings, describe
 from migplugin.telemetry.http import HttpServer
 from migplugin.telemetry.probes import Probes
+from migplugin.unixsocket import explain
 
 if TYPE_CHECKING:
     from migplugin.core.status import Status
+    from migplugin.kubelet.manager import Manager
 
 log = logging.getLogger(__name__)
 
 SAFE_REMOVAL_DELAY = 60.0
+USAGE_WITHIN = 1.0
+# Importing and opening the control socket takes the loop as long as a registration does.
+ANSWER_AFTER, ANSWER_PAUSE, ANSWERED_WITHIN = 1.0, 0.2, 0.5
 OK, FAILED, USAGE, NO_DRIVER, LIBRARY_OUTDATED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 
@@ -242,31 +248,135 @@ async def _serve(
         asyncio.ensure_future(follow_kubelet()),
     ]
     serving = asyncio.ensure_future(keep_running("manager", manager.run))
+    answers, mute = _Answers(reconciler, manager), asyncio.Event()
+    answering = asyncio.ensure_future(_answer(settings.control_socket, answers, manager.registered, mute))
     probes.serving(manager.states, manager.dead)
     await stop
     probes.stopping()
     began = time.monotonic()
+    mute.set()
     manager.stop()
     await serving
-    for loop in loops:
+    await asyncio.wait((answering,), timeout=ANSWERED_WITHIN)
+    for loop in (answering, *loops):
         loop.cancel()
-    await asyncio.gather(*loops, return_exceptions=True)
+    await asyncio.gather(answering, *loops, return_exceptions=True)
     log.info("stopped", extra={"seconds": time.monotonic() - began})
     return stop.result()
 
 
-async def status(settings: Settings) -> "Status":
-    """What this node looks like from outside the agent: opens NVML itself and decides once.
+class _Answers:
+    """What the control socket answers, put together from the parts of the running agent."""
 
-    Raises InputError or SimulatorError for a simulation that cannot be made, and never DriverError: a
-    driver that does not answer is part of the status.
+    def __init__(self, reconciler: Reconciler, manager: "Manager") -> None:
+        self._reconciler = reconciler
+        self._manager = manager
+
+    async def status(self) -> bytes:
+        from migplugin.agentapi.document import encode  # noqa: PLC0415
+        from migplugin.core.status import AgentFacts  # noqa: PLC0415
+        from migplugin.core.status import status as describe  # noqa: PLC0415
+
+        world, outcome = await self._reconciler.seen(within=USAGE_WITHIN)
+        facts = AgentFacts(self._manager.registrations(), dict(self._manager.refused))
+        return encode(describe(world, outcome, node=socket.gethostname(), agent=facts))
+
+    def clear_health(self, ids: Collection[str] | None) -> Cleared:
+        return self._reconciler.clear_health(ids)
+
+
+async def _answer(
+    path: Path | None, answers: _Answers, registered: asyncio.Event, stop: asyncio.Event
+) -> None:
+    """Answers commands at `path` until `stop`, first things first: once a resource is registered."""
+    if path is None:
+        return
+    await first_of(registered.wait(), stop.wait(), timeout=ANSWER_AFTER)
+    await first_of(stop.wait(), timeout=ANSWER_PAUSE)
+    if stop.is_set():
+        return
+    from migplugin.agentapi.server import ControlSocket  # noqa: PLC0415
+
+    await keep_running("control socket", ControlSocket(path, answers, stop).run)
+
+
+async def status(settings: Settings) -> tuple["Status", str]:
+    """What this node looks like, as the running agent says or, where none does, as we see it ourselves.
+
+    Also says in a sentence why no agent was heard, "" where one was or none was wanted. Raises InputError or
+    SimulatorError for a simulation that cannot be made, and never DriverError: a driver that does not answer
+    is part of the status.
     """
+    if settings.simulate:
+        return await _look(settings), ""
+    try:
+        path = _where_answered(settings)
+        from migplugin.agentapi import client  # noqa: PLC0415  with it gRPC
+
+        return await client.status(path), ""
+    except AgentError as exc:
+        return await _look(settings), f"looked without the agent: {exc}"
+
+
+def _where_answered(settings: Settings) -> Path:
+    """The control socket, at which somebody takes connections. Raises AgentError where nobody does."""
+    if settings.control_socket is None:
+        raise AgentError("--control-socket is empty")
+    if reason := explain(settings.control_socket, "the agent"):
+        raise AgentError(reason)
+    return settings.control_socket
+
+
+async def clear_health(settings: Settings, ids: Sequence[str] | None) -> list[str]:
+    """`ids`, or all that is sick, are taken for well: by the agent or, where none runs, for the next one.
+
+    Answers in sentences. Raises InputError where that makes no sense, AgentError where an agent runs and does
+    not answer, KubeletError where the node lock cannot be had.
+    """
+    try:
+        path = _where_answered(settings)
+        from migplugin.agentapi import client  # noqa: PLC0415  with it gRPC
+
+        sick, notes = await client.clear_health(path, ids)
+        return _tell_cleared(sick, notes)
+    except AgentError as exc:
+        reason = str(exc)
+    lock = NodeLock(settings.kubelet_socket.parent)
+    if not lock.try_acquire():
+        raise AgentError(f"an agent runs on this node and does not answer: {reason}")
+    logging.getLogger("migplugin").setLevel(logging.CRITICAL)  # what it would log is what is printed
+    try:
+        with roots(settings) as where:
+            file = HealthFile(_state_dir(settings), where.proc)
+            found = file.load(time.monotonic())
+            cleared = clear(found, ids)
+            try:
+                if cleared.health != found:
+                    file.write(cleared.health)
+            except OSError as exc:
+                reason = f"{file.path}: {(exc.strerror or str(exc)).lower()}"
+                raise AgentError(f"{reason}; nobody is cleared until it can be written") from exc
+    finally:
+        lock.release()
+    told = _tell_cleared([(id_, sickness.cause) for id_, sickness in cleared.sick.items()], cleared.notes)
+    return [*told, f"no agent runs here: cleared in {file.path}, which the next one reads"]
+
+
+def _tell_cleared(sick: Iterable[tuple[str, str]], notes: Iterable[str]) -> list[str]:
+    told = [f"{id_} is taken for well; it had {cause}" for id_, cause in sick]
+    return [*(told or ["nobody was sick of a fault"]), *notes]
+
+
+async def _look(settings: Settings) -> "Status":
+    """What this node looks like from outside the agent: opens NVML itself and decides once."""
     from migplugin.core.status import status as describe  # noqa: PLC0415
 
     with roots(settings) as where:
         driver = _driver(settings, where)
-        reconciler = Reconciler(driver, _usage(settings), options(settings), Pace())
         logging.getLogger("migplugin").setLevel(logging.CRITICAL)  # what it would log is what is printed
+        reconciler = Reconciler(driver, _usage(settings), options(settings), Pace())
+        remembered = HealthFile(_state_dir(settings), where.proc).load(reconciler.world.now)
+        reconciler.world = replace(reconciler.world, memory=Memory(health=remembered))
         try:
             await reconciler.first()
         finally:

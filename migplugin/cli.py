@@ -16,7 +16,7 @@ import click
 
 from migplugin import __version__
 from migplugin.errors import InputError, MigpluginError
-from migplugin.settings import SERVE, STATUS, TABLE, Setting, describe, resolve
+from migplugin.settings import CLEAR, SERVE, STATUS, TABLE, Setting, describe, resolve
 
 
 class _Lazy(click.Group):
@@ -71,6 +71,22 @@ def _option(setting: Setting) -> Callable[[Callable[..., Any]], Callable[..., An
     return click.option(*names, metavar=setting.metavar, help=text)
 
 
+_plain = click.option(
+    "--no-color", is_flag=True, help="Plain text; NO_COLOR in the environment does the same."
+)
+
+
+def _paper(no_color: bool) -> dict[str, Any]:
+    """What to draw on: how wide the terminal is, and what it can show."""
+    import shutil  # noqa: PLC0415
+
+    return {
+        "width": shutil.get_terminal_size((100, 24)).columns,
+        "color": sys.stdout.isatty() and not no_color and not os.environ.get("NO_COLOR"),
+        "unicode": (sys.stdout.encoding or "").lower().startswith("utf"),
+    }
+
+
 @cli.command()
 @_options(SERVE)
 def serve(**flags: str | None) -> None:
@@ -93,26 +109,73 @@ def serve(**flags: str | None) -> None:
 @click.option(
     "-o", "--output", type=click.Choice(["table", "json"]), default="table", help="How to print it."
 )
-@click.option("--no-color", is_flag=True, help="Plain text; NO_COLOR in the environment does the same.")
-def status(output: str, no_color: bool, **flags: str | None) -> None:
-    """Show this node's GPUs, what sits in them, and who holds it."""
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of the JSON output instead.")
+@_plain
+def status(output: str, schema: bool, no_color: bool, **flags: str | None) -> None:
+    """Show this node's GPUs, what sits in them, and who holds it.
+
+    The running agent is asked. Where none answers, or with --simulate, this command looks for itself and
+    says so.
+    """
+    if schema:
+        from migplugin.agentapi import document  # noqa: PLC0415
+
+        click.echo(document.schema())
+        return
     settings = resolve(flags, os.environ)
     from migplugin import app  # noqa: PLC0415
 
-    shown = asyncio.run(app.status(settings))
+    shown, note = asyncio.run(app.status(settings))
     if output == "json":
-        import msgspec  # noqa: PLC0415
+        from migplugin.agentapi import document  # noqa: PLC0415
 
-        click.echo(msgspec.json.format(msgspec.json.encode(shown), indent=2).decode())
+        if note:
+            click.echo(note, err=True)
+        click.echo(document.text(shown))
         return
-    import shutil  # noqa: PLC0415
-
     from migplugin.core.picture import draw  # noqa: PLC0415
 
-    color = sys.stdout.isatty() and not no_color and not os.environ.get("NO_COLOR")
-    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-    width = shutil.get_terminal_size((100, 24)).columns
-    click.echo(draw(shown, width=width, color=color, unicode=unicode))
+    click.echo(draw(shown, note=note, **_paper(no_color)))
+
+
+@cli.group(invoke_without_command=True)
+@_options(STATUS)
+@_plain
+@click.pass_context
+def health(ctx: click.Context, /, no_color: bool, **flags: str | None) -> None:
+    """Show who is sick, why, since when and until what.
+
+    It is told by the running agent or, where none answers, from what the last one has recorded.
+    """
+    ctx.obj = flags
+    if ctx.invoked_subcommand is not None:
+        return
+    from migplugin import app  # noqa: PLC0415
+    from migplugin.core.picture import draw_sick  # noqa: PLC0415
+
+    shown, note = asyncio.run(app.status(resolve(flags, os.environ)))
+    click.echo(draw_sick(shown, note=note, **_paper(no_color)))
+
+
+@health.command("clear")
+@click.argument("ids", metavar="[ID]...", nargs=-1)
+@click.option("--all", "everybody", is_flag=True, help="Everything that is sick of a fault.")
+@_options(CLEAR)
+@click.pass_obj
+def clear_health(
+    given: dict[str, str | None], /, ids: tuple[str, ...], everybody: bool, **flags: str | None
+) -> None:
+    """Take sick devices or whole GPUs, named by UUID, for well: they are offered again at once.
+
+    The agent does it, and says so in its log. Where none runs, it is done for the next one.
+    """
+    if bool(ids) == everybody:
+        raise InputError("health clear: expected either IDs or --all; `migplugin health` shows who is sick")
+    settings = resolve(given | {name: text for name, text in flags.items() if text is not None}, os.environ)
+    from migplugin import app  # noqa: PLC0415
+
+    for line in asyncio.run(app.clear_health(settings, None if everybody else ids)):
+        click.echo(line)
 
 
 @cli.command()

@@ -8,6 +8,7 @@
     │   ├── LibraryOutdated     the loaded library is not that of the driver: only a new process has another
     │   └── DriverTimeout       an NVML call did not come back before its deadline
     ├── KubeletError            the kubelet's socket, directory or answer is not as it must be
+    ├── AgentError              no agent answers at the control socket, or that socket cannot be made
     ├── CdiError                the CDI document cannot be written or removed
     ├── AllocationRefused       a device request that must not be granted
     └── SimulatorError          the simulated driver's state is missing, damaged or says no
@@ -50,6 +51,10 @@ class DriverTimeout(DriverError):
 
 
 class KubeletError(MigpluginError):
+    pass
+
+
+class AgentError(MigpluginError):
     pass
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from migplugin.core.document import Document
 from migplugin.errors import InputError
 
-SERVE, STATUS = "serve", "status"
+SERVE, STATUS, CLEAR = "serve", "status", "clear"
 DEFAULT = "default"  # as the source of a value
 
 _DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)?")
@@ -61,6 +61,7 @@ class Settings:
     enable_healthchecks: str
     kubelet_socket: Path
     pod_resources_socket: Path
+    control_socket: Path | None
     poll_interval: float | None
     removal_delay: float
     driver_grace: float
@@ -185,6 +186,10 @@ def parse_path(text: str) -> Path:
     return Path(text)
 
 
+def parse_optional_path(text: str) -> Path | None:
+    return parse_path(text) if text else None
+
+
 def parse_root(text: str) -> str:
     if text and not text.startswith("/"):
         raise ValueError("expected an absolute path")
@@ -233,6 +238,7 @@ def parse_domain(text: str) -> str:
 _DOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _LIST_STRATEGIES = ("envvar", "volume-mounts", "cdi-annotations", "cdi-cri")
 _BOTH = frozenset({SERVE, STATUS})
+_ALL = _BOTH | {CLEAR}
 _PLUGIN = "flags.plugin."
 _OURS = "migplugin."
 
@@ -361,13 +367,19 @@ TABLE: tuple[Setting, ...] = (
     Setting(
         "kubelet_socket", ("KUBELET_SOCKET",), "", "/var/lib/kubelet/device-plugins/kubelet.sock", parse_path, "PATH",
         "The kubelet's registration socket; its directory is where our sockets and the node lock go.",
-        commands=_BOTH,
+        commands=_ALL,
     ),
     Setting(
         "pod_resources_socket", ("MIGPLUGIN_POD_RESOURCES_SOCKET",), "",
         "/var/lib/kubelet/pod-resources/kubelet.sock", parse_path, "PATH",
         "The kubelet's pod-resources socket, which tells who holds which device. Need not be mounted.",
         commands=_BOTH,
+    ),
+    Setting(
+        "control_socket", ("MIGPLUGIN_CONTROL_SOCKET",), "", "/run/migplugin/agent.sock", parse_optional_path, "PATH",
+        "Where the running agent answers `migplugin status` and `migplugin health`, for root alone; as a flag without "
+        "a value: nowhere.",
+        commands=_ALL,
     ),
     Setting(
         "poll_interval", ("MIGPLUGIN_POLL_INTERVAL",), _OURS + "pollInterval", "", parse_interval, "DURATION",
@@ -396,7 +408,8 @@ TABLE: tuple[Setting, ...] = (
     Setting(
         "state_dir", ("MIGPLUGIN_STATE_DIR",), _OURS + "stateDir", "", parse_root, "PATH",
         "Where sick devices are remembered when the agent is started anew; unset: `migplugin` in the directory of the "
-        "kubelet's socket. To have them all forgotten, stop the agent and remove `health.json` there.",
+        "kubelet's socket. `migplugin health clear` has them forgotten.",
+        commands=_ALL,
     ),
     Setting(
         "nvml_timeout", ("MIGPLUGIN_NVML_TIMEOUT",), _OURS + "nvmlTimeout", "15s", parse_timeout, "DURATION",
@@ -406,7 +419,7 @@ TABLE: tuple[Setting, ...] = (
     Setting(
         "proc_root", ("MIGPLUGIN_PROC_ROOT",), "", "/proc", parse_path, "PATH",
         "Where the host's `/proc` is seen, for MIG capabilities.",
-        commands=_BOTH,
+        commands=_ALL,
     ),
     Setting(
         "sysfs_root", ("MIGPLUGIN_SYSFS_ROOT",), "", "/sys", parse_path, "PATH",
@@ -417,7 +430,7 @@ TABLE: tuple[Setting, ...] = (
         "simulate", (), "", "", str, "SPEC|DIR",
         "Run on a simulated driver instead of a real one: a new node such as `1xa100-40gb=1g.5gb*7`, or a directory "
         "that `migplugin sim init` made. For trying and testing only.",
-        commands=_BOTH,
+        commands=_ALL,
     ),
     Setting(
         "force_simulate", (), "", "false", parse_bool, "BOOL",
@@ -432,7 +445,7 @@ TABLE: tuple[Setting, ...] = (
     Setting(
         "config_file", ("CONFIG_FILE",), "", "", str, "PATH",
         "A configuration file in NVIDIA's v1 format, YAML or JSON. It is followed: a change applies without a restart.",
-        commands=_BOTH,
+        commands=_ALL,
     ),
     Setting(
         "strict_config", ("MIGPLUGIN_STRICT_CONFIG",), "", "false", parse_bool, "BOOL",

@@ -30,6 +30,10 @@ class HealthFile:
         self._saved: dict[str, Any] | None = None
         self._told = False
 
+    @property
+    def path(self) -> Path:
+        return self._path
+
     def load(self, now: float) -> Health:
         """What was saved by an agent before; healthy where that is not to be had, or is history."""
         try:
@@ -60,14 +64,8 @@ class HealthFile:
 
     def save(self, health: Health) -> None:
         """Raises nothing: where the file cannot be written, that is said once."""
-        wanted = record(health)
-        if wanted == self._saved:
-            return
-        scratch = self._path.with_suffix(".new")
         try:
-            self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            scratch.write_text(json.dumps({"boot": self._boot(), "health": wanted}, indent=1) + "\n")
-            scratch.replace(self._path)
+            self.write(health)
         except OSError as exc:
             if not self._told:
                 self._told = True
@@ -75,7 +73,16 @@ class HealthFile:
                     "health cannot be recorded: a restart of the agent would take sick devices for healthy",
                     extra={"path": str(self._path), "reason": str(exc)},
                 )
+
+    def write(self, health: Health) -> None:
+        """Saved, if it was not already. Raises OSError."""
+        wanted = record(health)
+        if wanted == self._saved:
             return
+        scratch = self._path.with_suffix(".new")
+        self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        scratch.write_text(json.dumps({"boot": self._boot(), "health": wanted}, indent=1) + "\n")
+        scratch.replace(self._path)
         self._saved, self._told = wanted, False
 
     def _boot(self) -> str:

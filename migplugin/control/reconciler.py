@@ -18,8 +18,18 @@ from types import MappingProxyType
 from migplugin.aio import Cell, first_of
 from migplugin.control.ports import Driver, HealthRecord, Preparation, UsageSource
 from migplugin.core.allocation import Offers, granted
-from migplugin.core.decide import LEASE_CERTAIN_AFTER, Key, Memory, Options, Outcome, Usage, World, decide
-from migplugin.core.health import Fault, suspects
+from migplugin.core.decide import (
+    LEASE_CERTAIN_AFTER,
+    USAGE_SOONEST,
+    Key,
+    Memory,
+    Options,
+    Outcome,
+    Usage,
+    World,
+    decide,
+)
+from migplugin.core.health import Cleared, Fault, clear, suspects
 from migplugin.core.inventory import DeviceId, Inventory
 from migplugin.core.resource import ResourceName
 from migplugin.core.xid import xid
@@ -47,7 +57,8 @@ class Pace:
 
 
 class Reconciler:
-    """Keeps `offers` true. `world` is what the last decision was made of, `outcome` what it said.
+    """Keeps `offers` true. `world` is what is known, `decided` what the last decision was made of and
+    `outcome` what it said.
 
     `on_outdated` is called with the reason when no later look of this process can succeed.
     """
@@ -67,6 +78,7 @@ class Reconciler:
         self.offers: Cell[Offers] = Cell(Offers())
         memory = Memory(health=record.load(clock())) if record is not None else Memory()
         self.world = World(clock(), memory=memory, options=options)
+        self.decided = self.world
         self.outcome: Outcome | None = None
         self._driver = driver
         self._usage = usage
@@ -112,6 +124,38 @@ class Reconciler:
             self._pace = pace
             self._look_at = self._clock()
         self._wake.set()
+
+    async def seen(self, within: float) -> tuple[World, Outcome]:
+        """What was decided last and of what, for a person: with the time and the leases of now.
+
+        Decisions read who holds what only when they need it, so it is read first, at most every 2 s and
+        for no longer than `within`. The driver is not asked.
+        """
+        now = self._clock()
+        if self._reading is None and now >= self.world.usage.began + USAGE_SOONEST:
+            self._usage_wanted = True
+            await self._read_usage(now, within=within)
+            self._decide()
+        assert self.outcome is not None, "there is nothing to see before the first decision"
+        leases = MappingProxyType(dict(self._leases))
+        return replace(self.decided, now=self._clock(), leases=leases), self.outcome
+
+    def clear_health(self, ids: Collection[str] | None) -> Cleared:
+        """A person takes `ids`, or all that is sick, for well: offered again when this returns, and recorded.
+
+        What came before they asked is cleared too. Raises InputError as `health.clear` does.
+        """
+        assert self.outcome is not None, "nobody can be sick before the first decision"
+        self._judge_faults()
+        cleared = clear(self.outcome.memory.health, ids)
+        self.outcome = replace(self.outcome, memory=replace(self.outcome.memory, health=cleared.health))
+        for id_, sickness in cleared.sick.items():
+            log.info(
+                "cleared by a person", extra={"device": id_, "gpu": sickness.gpu, "was": sickness.reason}
+            )
+        self._decide()
+        self._wake.set()
+        return cleared
 
     def look_soon(self) -> None:
         """An event says that the driver has news, of another kind than geometry."""
@@ -207,7 +251,7 @@ class Reconciler:
             if self._leases.get(key) == answered:
                 del self._leases[key]
         _tell(self.outcome, outcome)
-        self.world, self.outcome = world, outcome
+        self.world, self.decided, self.outcome = world, world, outcome
         if self._record is not None:
             self._record.save(outcome.memory.health)
         if outcome.look_at is not None:

@@ -12,7 +12,7 @@ Other ways to get well: what was only a contained error, when for `recovery_afte
 and the driver sees no process on it and wants nothing done; anything else when the driver, asked after the
 fault, says that nothing need be done, and a whole GPU also when it was lost and answers again, which takes a
 reset. What falls sick again within an hour of getting well stays sick until it is made anew, or a person
-acts.
+acts: whom they `clear` is well, and has its chance again.
 
 Signs are what the driver says without being told by an event, of a GPU or of one device. They need no
 memory: it is sick for as long as they are there. Only that a device's files have vanished takes two
@@ -21,13 +21,15 @@ looks: in a container many are not shown at all (capabilities), and invisible is
 When the kernel module was loaded anew, or another one was, every GPU has been reset: all is over.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeAlias
 
 from migplugin.core.inventory import DeviceId, Gpu, GpuUuid, Inventory, MigDevice
+from migplugin.core.resource import device_of
 from migplugin.core.xid import RECOVERY_ACTION_CHANGED, TABLE, Checks, xid
+from migplugin.errors import InputError
 
 UNLISTED = 999
 MOST_XIDS_TOLD = 8
@@ -82,10 +84,14 @@ class Sickness:
         return all(xid(code).is_contained for code in self.xids)
 
     @property
-    def reason(self) -> str:
+    def cause(self) -> str:
         first, *more = self.xids
         others = f" and XID {', '.join(map(str, more))}" if more else ""
-        return f"{xid(first)}{others}, {self.until}"
+        return f"{xid(first)}{others}"
+
+    @property
+    def reason(self) -> str:
+        return f"{self.cause}, {self.until}"
 
     @property
     def until(self) -> str:
@@ -156,9 +162,13 @@ class Health:
     driver: str = ""
     module: int | None = None
 
+    def sickness(self, id_: DeviceId, gpu: GpuUuid) -> Sickness | None:
+        """Of what the device `id_` on `gpu` is sick, if faults have made it so."""
+        return self.sick.get(gpu) or self.sick.get(id_)
+
     def why(self, id_: DeviceId, gpu: GpuUuid) -> str:
         """Why the device `id_` on `gpu` is unfit, or ""."""
-        found = self.sick.get(gpu) or self.sick.get(id_)
+        found = self.sickness(id_, gpu)
         return self.signs.get(gpu) or self.signs.get(id_, "") if found is None else found.reason
 
 
@@ -225,6 +235,52 @@ def fold(
         module=inventory.module,
     )
     return now, tuple(changes)
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """`health` once a person has cleared what was `sick`, by id; `notes` say what is unfit all the same."""
+
+    health: Health
+    sick: Mapping[Subject, Sickness]
+    notes: tuple[str, ...] = ()
+
+
+def clear(health: Health, ids: Collection[str] | None) -> Cleared:
+    """What was sick is well, and has its chance again. `ids` are of MIG devices and whole GPUs, None is all.
+
+    Raises InputError where one of `ids` is not sick, or is so only because the driver says so.
+    """
+    chosen = set(health.sick) if ids is None else {_as_sick(health, id_) for id_ in ids}
+    sick = {id_: sickness for id_, sickness in health.sick.items() if id_ in chosen}
+    left = {id_: sickness for id_, sickness in health.sick.items() if id_ not in chosen}
+    recovered = {} if ids is None else {i: r for i, r in health.recovered.items() if i not in chosen}
+    notes = [
+        f"{id_} stays unhealthy, since its GPU {sickness.gpu} is: {left[sickness.gpu].reason}"
+        for id_, sickness in sick.items()
+        if sickness.gpu in left
+    ]
+    notes += [
+        f"{id_} stays unhealthy for as long as that is true: {sign}"
+        for id_, sign in sorted(health.signs.items())
+        if ids is None or id_ in chosen
+    ]
+    return Cleared(replace(health, sick=left, recovered=recovered), sick, tuple(notes))
+
+
+def _as_sick(health: Health, text: str) -> Subject:
+    """Whom of the sick `text` names. Raises InputError."""
+    id_ = device_of(text.strip())
+    if id_ in health.sick:
+        return id_
+    gpu = next((g.uuid for g in health.gpus.values() for d in g.devices if d.uuid == id_), None)
+    if gpu in health.sick:
+        raise InputError(f"{id_} is not sick by itself, its GPU is: clear {gpu}")
+    for subject in (id_, gpu):
+        if subject is not None and (sign := health.signs.get(subject)):
+            raise InputError(f"{id_} cannot be cleared: {sign}; that is over when it is no longer so")
+    sick = f"sick are {', '.join(sorted(health.sick))}" if health.sick else "nobody is"
+    raise InputError(f"{id_[:100]!r} is not sick; {sick}")
 
 
 def wake_at(health: Health, recovery_after: float) -> list[float]:

@@ -115,11 +115,14 @@ class Pen:
             yield self.line(Say((" " * indent,)), Say((line,), style))
 
 
-def draw(status: Status, *, width: int, color: bool, unicode: bool) -> str:
-    """`status` as lines of at most `width` columns, taken as 40 at least and 160 at most."""
+def draw(status: Status, *, width: int, color: bool, unicode: bool, note: str = "") -> str:
+    """`status` as lines of at most `width` columns, taken as 40 at least and 160 at most.
+
+    `note` says below the head how it was come by.
+    """
     pen = Pen(min(max(width, NARROWEST), WIDEST), color, UNICODE if unicode else ASCII)
     parts = [
-        _header(status, pen),
+        _header(status, note, pen),
         *(_gpu(gpu, status, pen) for gpu in status.gpus),
         _devices(status, pen),
         _resources(status.resources, pen),
@@ -128,13 +131,38 @@ def draw(status: Status, *, width: int, color: bool, unicode: bool) -> str:
     return "\n\n".join(text for text in ("\n".join(part) for part in parts) if text)
 
 
-def _header(status: Status, pen: Pen) -> Iterator[str]:
+def draw_sick(status: Status, *, width: int, color: bool, unicode: bool, note: str = "") -> str:
+    """Who is sick in `status`, why, since when and until what, drawn as `draw` does. UUIDs are whole."""
+    pen = Pen(min(max(width, NARROWEST), WIDEST), color, UNICODE if unicode else ASCII)
+    rows = [
+        Row(
+            (
+                Say(("-" if sick.gpu_index is None else str(sick.gpu_index),)),
+                Say((_clean(sick.profile or "whole GPU"),)),
+                Say(("-" if sick.sick_for is None else f"{_duration(sick.sick_for)} ago",)),
+                Say((_clean(sick.id),), BAD),
+            ),
+            _clean(f"{sick.reason}, {sick.until}"),
+        )
+        for sick in status.sick
+    ]
+    hint = "migplugin health clear ID takes one for well again, once its cause is gone"
+    parts = [
+        _header(status, note, pen),
+        _table(SICK_TITLES, rows, pen, shorten=()) if rows else iter(("no device is sick",)),
+        pen.paragraph(hint, DIM, indent=0) if any(sick.clearable for sick in status.sick) else iter(()),
+    ]
+    return "\n\n".join(text for text in ("\n".join(part) for part in parts) if text)
+
+
+def _header(status: Status, note: str, pen: Pen) -> Iterator[str]:
     yield pen.line(
         Say((_clean(status.node) if status.node else "this node",), BOLD),
         Say((f"   driver {_clean(status.driver_version or '-')}",)),
         Say((f"   strategy {_clean(status.strategy)}",)),
         Say(("   as the agent sees it" if status.seen_by == BY_AGENT else "   seen without the agent",)),
     )
+    yield from pen.paragraph(_clean(note), DIM, indent=0, hang=2)
     if status.driver_error is not None:
         last = "; what follows is what it said last" if status.gpus else ""
         text = f"{pen.glyphs.bad} the driver does not answer: {_clean(status.driver_error)}{last}"
@@ -153,6 +181,10 @@ def _gpu(gpu: GpuStatus, status: Status, pen: Pen) -> Iterator[str]:
             yield from pen.paragraph(f"{stay} listed as unhealthy")
         return
     yield from _gpu_title(gpu, pen)
+    for sick in status.sick:
+        if sick.id == gpu.uuid and gpu.whole is None:
+            text = _reason(sick.reason, sick.sick_for, sick.until)
+            yield from pen.paragraph(f"{pen.glyphs.bad} the whole GPU is sick: {text}", BAD, hang=2)
     if gpu.whole is not None:
         offered = Say((f"{' ' * INDENT}the whole GPU is {_clean(gpu.whole.resources[0])}   ",))
         state = _state(gpu.whole, pen)
@@ -372,6 +404,7 @@ class Row:
 
 
 DEVICE_TITLES = ("GPU", "GI/CI", "PROFILE", "SLICES", "HEALTH", "HOLDER", "RESOURCE", "UUID")
+SICK_TITLES = ("GPU", "WHAT", "SINCE", "UUID")
 RESOURCE_TITLES = ("RESOURCE", "TOTAL", "HEALTHY", "HELD", "LEASED", "REFUSED", "KUBELET")
 
 
@@ -396,7 +429,7 @@ def _device_row(gpu: GpuStatus, device: DeviceStatus, pen: Pen) -> Row:
         _resource(device.resources[0] if device.resources else "-"),
         _uuid(device.uuid, pen),
     )
-    return Row(cells, _reason(device.reason, device.unhealthy_for))
+    return Row(cells, _reason(device.reason, device.unhealthy_for, device.until))
 
 
 def _missing_row(device: MissingDevice, pen: Pen) -> Row:
@@ -424,14 +457,15 @@ def _resource(name: str) -> Say:
     return Say((text, text.partition("/")[2] or text))
 
 
-def _reason(reason: str | None, seconds: float | None) -> str:
+def _reason(reason: str | None, seconds: float | None, until: str | None = None) -> str:
     if not reason:
         return ""
-    return _clean(reason) + (f", for {_duration(seconds)}" if seconds is not None else "")
+    since = [f"for {_duration(seconds)}"] if seconds is not None else []
+    return _clean(", ".join((reason, *since, *filter(None, (until,)))))
 
 
 def _duration(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{int(seconds // length)}{unit}"
     return f"{int(seconds)}s"

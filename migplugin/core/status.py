@@ -18,6 +18,7 @@ from migplugin.core.resource import ResourceName, device_of
 SCHEMA = "migplugin/status/v1"
 HEALTHY, UNHEALTHY = "healthy", "unhealthy"
 BY_AGENT, BY_COMMAND = "agent", "command"
+UNTIL_UNSAID = "until that is no longer so"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,9 @@ class DeviceStatus:
     """A MIG device, or a whole GPU that is offered as one device (`gi` and `ci` are then None).
 
     `resources` are those that list it, the one it is offered under first; where it is in none,
-    `health` is None. `unhealthy_for` is in seconds. `holders` are "namespace/pod:container" and None
-    where pod-resources does not tell; a device can be `held` without a holder that can be named.
+    `health` is None. `until` says what ends it where that is known, `unhealthy_for` is in seconds. `holders`
+    are "namespace/pod:container" and None where pod-resources does not tell; a device can be `held` without
+    a holder that can be named.
     """
 
     uuid: str
@@ -47,6 +49,7 @@ class DeviceStatus:
     resources: tuple[str, ...]
     health: str | None
     reason: str | None
+    until: str | None
     unhealthy_for: float | None
     held: bool | None
     holders: tuple[str, ...] | None
@@ -113,6 +116,24 @@ class MissingDevice:
 
 
 @dataclass(frozen=True, slots=True)
+class SickStatus:
+    """What faults have made sick, or what the driver has something against.
+
+    `id` is the UUID of a MIG device or, where `profile` is None, of a whole GPU with all that is on it.
+    `sick_for` is in seconds. What is not `clearable` is seen by asking the driver, and lasts for as long as
+    it is so.
+    """
+
+    id: str
+    gpu_index: int | None
+    profile: str | None
+    reason: str
+    until: str
+    sick_for: float | None
+    clearable: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ResourceStatus:
     """One resource as the kubelet is shown it. `leased` devices were handed out, and not yet seen held."""
 
@@ -146,6 +167,7 @@ class Status:
     usage: UsageStatus
     gpus: tuple[GpuStatus, ...]
     missing: tuple[MissingDevice, ...]
+    sick: tuple[SickStatus, ...]
     resources: tuple[ResourceStatus, ...]
     warnings: tuple[str, ...]
 
@@ -172,6 +194,7 @@ def status(world: World, outcome: Outcome, *, node: str = "", agent: AgentFacts 
         usage=UsageStatus(world.usage.checkpoint.value, world.usage.pod_resources.value),
         gpus=tuple(sorted(gpus, key=lambda gpu: gpu.index)),
         missing=view.missing(),
+        sick=view.sick(),
         resources=tuple(view.resource(name) for name in outcome.offers.resources),
         warnings=outcome.warnings,
     )
@@ -274,6 +297,31 @@ class _View:
         ]
         return tuple(sorted(found, key=lambda device: (device.resource, device.uuid)))
 
+    def sick(self) -> tuple[SickStatus, ...]:
+        """Who is, in order of GPU, also where it is in no resource."""
+        health, inventory = self.outcome.memory.health, self.world.inventory
+        index: dict[str | None, int] = {}
+        if inventory is not None:
+            index |= {gpu.uuid: gpu.index for gpu in inventory.gpus}
+            index |= {gpu.uuid: gpu.index for gpu in inventory.broken}
+        found = [
+            SickStatus(
+                id=id_,
+                gpu_index=index.get(sickness.gpu),
+                profile=None if sickness.device is None else sickness.device.profile,
+                reason=sickness.cause,
+                until=sickness.until,
+                sick_for=max(self.world.now - sickness.since, 0.0),
+                clearable=True,
+            )
+            for id_, sickness in health.sick.items()
+        ]
+        profile = {d.uuid: (gpu.uuid, d.profile) for gpu in health.gpus.values() for d in gpu.devices}
+        for id_, sign in health.signs.items():
+            gpu, of = profile.get(DeviceId(id_), (id_, None))
+            found.append(SickStatus(id_, index.get(gpu), of, sign, UNTIL_UNSAID, None, clearable=False))
+        return tuple(sorted(found, key=lambda s: (s.gpu_index is None, s.gpu_index, s.id, s.clearable)))
+
     def resource(self, name: ResourceName) -> ResourceStatus:
         offer = self.outcome.offers.resources[name]
         held = [self._is_held({(name, id_)}) for id_ in offer.devices]
@@ -335,7 +383,7 @@ class _View:
         listed = self._listed(id_)
         names = sorted(listed, key=lambda name: (listed[name].vanished is not None, name))
         entry = listed[names[0]] if names else None
-        sick = entry is not None and bool(entry.sick)
+        reason, until, since = self._ailment(id_, entry)
         return DeviceStatus(
             uuid=uuid,
             gi=gi,
@@ -345,9 +393,10 @@ class _View:
             memory_mib=memory_mib,
             multiprocessors=multiprocessors,
             resources=tuple(names),
-            health=None if entry is None else UNHEALTHY if sick else HEALTHY,
-            reason=entry.sick if entry is not None and sick else None,
-            unhealthy_for=None if entry is None else self._unhealthy_for(entry),
+            health=None if entry is None else HEALTHY if reason is None else UNHEALTHY,
+            reason=reason,
+            until=until,
+            unhealthy_for=since,
             held=self._is_held(self.keys.get(id_, frozenset())),
             holders=self._holders(id_),
         )
@@ -366,6 +415,17 @@ class _View:
             return None
         ids = sorted({id_, *(key[1] for key in self.keys.get(id_, ()))})
         return tuple(dict.fromkeys(holder for one in ids for holder in usage.holders.get(one, ())))
+
+    def _ailment(self, id_: DeviceId, entry: Entry | None) -> tuple[str | None, str | None, float | None]:
+        """Why a device is unfit, until what, and for how long it has been."""
+        if entry is None or not entry.sick:
+            return None, None, None
+        health, gpu = self.outcome.memory.health, entry.device.gpu
+        found = health.sickness(id_, gpu)
+        if found is not None and found.reason == entry.sick:
+            return found.cause, found.until, max(self.world.now - found.since, 0.0)
+        said = UNTIL_UNSAID if found is None and health.why(id_, gpu) == entry.sick else None
+        return entry.sick, said, self._unhealthy_for(entry)
 
     def _unhealthy_for(self, entry: Entry) -> float | None:
         if self.agent is None or not entry.sick or entry.sick_since is None:

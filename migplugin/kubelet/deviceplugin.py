@@ -13,12 +13,14 @@ import asyncio
 import contextlib
 import logging
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 
 import grpc
 import grpc.aio
 
+from migplugin import unixsocket
 from migplugin._proto.deviceplugin.v1beta1 import api_pb2, api_pb2_grpc
 from migplugin.aio import Cell, first_of
 from migplugin.core.allocation import CDI_ANNOTATIONS, Edits, Offer, Offers, edits
@@ -37,7 +39,9 @@ Grant = Callable[[ResourceName, Collection[DeviceId]], None]
 
 
 class DevicePlugin(api_pb2_grpc.DevicePluginServicer):
-    """The RPCs of one resource. `grant` is told of every device that Allocate is about to hand out."""
+    """The RPCs of one resource. `grant` is told of every device that Allocate is about to hand out, and
+    refusals are counted in `refused`.
+    """
 
     def __init__(
         self,
@@ -46,6 +50,7 @@ class DevicePlugin(api_pb2_grpc.DevicePluginServicer):
         grant: Grant,
         *,
         preferred: bool,
+        refused: Counter[ResourceName] | None = None,
     ) -> None:
         self.resource = resource
         self.listed = asyncio.Event()
@@ -54,6 +59,7 @@ class DevicePlugin(api_pb2_grpc.DevicePluginServicer):
         self._offers = offers
         self._grant = grant
         self._preferred = preferred
+        self._refused = Counter() if refused is None else refused
         self._streams = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -120,6 +126,7 @@ class DevicePlugin(api_pb2_grpc.DevicePluginServicer):
                 answer.container_responses.append(as_response(edits(self.resource, ids, offers, token)))
                 granted += map(DeviceId, ids)
         except AllocationRefused as exc:
+            self._refused[self.resource] += 1
             log.warning("allocation refused", extra={"resource": self.resource, "reason": str(exc)})
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(exc))
         self._grant(self.resource, granted)
@@ -156,34 +163,25 @@ class Server:
         # Asked here because gRPC would put a line of its own on stderr.
         if reason := sockets.unusable(self.path.parent):
             raise KubeletError(reason)
-        umask = os.umask(0o077)  # gRPC would make the socket 0755
         try:
-            self._server.add_insecure_port(f"unix:{self.path}")
+            with unixsocket.umask(0o077):
+                self._server.add_insecure_port(f"unix:{self.path}")
         except RuntimeError as exc:
             raise KubeletError(f"{self.path.parent}: no socket can be made in it; is its disk full?") from exc
-        finally:
-            os.umask(umask)
         await self._server.start()
-        self._identity = self._socket()
+        self._identity = unixsocket.identity(self.path)
 
     def is_reachable(self) -> bool:
         """Whether our socket is still in the directory: a kubelet that starts removes them all."""
-        return self._identity is not None and self._socket() == self._identity
+        return self._identity is not None and unixsocket.identity(self.path) == self._identity
 
     async def stop(self) -> None:
         await self.plugin.end_streams()
         await self._server.stop(0)
-        if self._socket() == self._identity:
+        if unixsocket.identity(self.path) == self._identity:
             # Where the directory has become read-only it stays behind, and nobody serves it.
             with contextlib.suppress(OSError):
                 self.path.unlink(missing_ok=True)
-
-    def _socket(self) -> tuple[int, int] | None:
-        try:
-            found = self.path.lstat()
-        except OSError:
-            return None
-        return found.st_ino, found.st_ctime_ns
 
 
 def as_list(offer: Offer) -> api_pb2.ListAndWatchResponse:

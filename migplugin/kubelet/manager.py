@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,8 +28,11 @@ from migplugin.core.resource import ResourceName
 from migplugin.errors import KubeletError
 from migplugin.kubelet import sockets
 from migplugin.kubelet.deviceplugin import DevicePlugin, Grant, Server
+from migplugin.unixsocket import explain, is_served
 
 log = logging.getLogger(__name__)
+
+KUBELET = "the kubelet"
 
 Incarnation = tuple[int, int, int]
 
@@ -43,7 +47,10 @@ STOP_WITHIN = 1.0
 
 
 class Manager:
-    """Serves `offers` to the kubelet at `kubelet_socket`; `incarnation` tells others of a new kubelet."""
+    """Serves `offers` to the kubelet at `kubelet_socket`; `incarnation` tells others of a new kubelet.
+
+    `registered` is set when it first knows a resource; `refused` counts the allocations that were.
+    """
 
     def __init__(
         self,
@@ -54,6 +61,8 @@ class Manager:
         preferred: Callable[[], bool],
     ) -> None:
         self.incarnation: Cell[Incarnation | None] = Cell(None)
+        self.registered = asyncio.Event()
+        self.refused: Counter[ResourceName] = Counter()
         self._socket = kubelet_socket
         self._offers = offers
         self._grant = grant
@@ -62,7 +71,6 @@ class Manager:
         self._tasks: dict[ResourceName, asyncio.Task[None]] = {}
         self._servers: dict[ResourceName, tuple[Server, Incarnation]] = {}
         self._away = ""
-        self._registered = asyncio.Event()
         self._looked = asyncio.Event()
 
     async def run(self) -> None:
@@ -102,14 +110,20 @@ class Manager:
 
         return {resource: is_known(resource) for resource in self._offers.value.resources}
 
+    def registrations(self) -> dict[ResourceName, str]:
+        """How each offered resource stands with the kubelet, in a word or two."""
+        away = "no kubelet" if self._away or self.incarnation.value is None else "not registered"
+        states = self.states()
+        return {name: "registered" if states[name] else away for name in self._offers.value.resources}
+
     def dead(self) -> list[ResourceName]:
         """Registered resources at whose socket nobody listens any more. From any thread."""
         servers = [server for server, _ in tuple(self._servers.values())]
-        return [s.plugin.resource for s in servers if s.is_reachable() and not sockets.is_served(s.path)]
+        return [s.plugin.resource for s in servers if s.is_reachable() and not is_served(s.path)]
 
     async def _watch(self) -> None:
         # Importing watchdog takes as long as registering: first things first.
-        await asyncio.wait((asyncio.ensure_future(self._registered.wait()),), timeout=WATCH_WITHIN)
+        await asyncio.wait((asyncio.ensure_future(self.registered.wait()),), timeout=WATCH_WITHIN)
         await DirectoryWatch(self._socket.parent, self._look).run()
 
     def _look(self) -> None:
@@ -130,7 +144,7 @@ class Manager:
     def _is_kubelet_there(self) -> bool:
         """Whether somebody answers at the kubelet's socket; where not, one line says so for all resources."""
         self._look()
-        reason = sockets.explain(self._socket)
+        reason = explain(self._socket, KUBELET)
         if reason and reason != self._away:
             log.warning("no kubelet, waiting for it", extra={"reason": reason})
         self._away = reason
@@ -186,14 +200,16 @@ class Manager:
                 f"NVIDIA's device plugin serves {resource} at {other}: two plugins drive a resource to 0, "
                 "so remove the DaemonSet nvidia-device-plugin-daemonset (or its node label) first"
             )
-        plugin = DevicePlugin(resource, self._offers, self._grant, preferred=self._preferred())
+        plugin = DevicePlugin(
+            resource, self._offers, self._grant, preferred=self._preferred(), refused=self.refused
+        )
         server = Server(plugin, self._socket.parent)
         incarnation = self.incarnation.value
         assert incarnation is not None, "asked for a kubelet first"
         try:
             await server.start()
             await self._register(server)
-            self._registered.set()
+            self.registered.set()
             self._servers[resource] = server, incarnation
             log.info("registered", extra={"resource": resource, "socket": server.path.name})
             await self._stay(server, incarnation)
@@ -223,7 +239,7 @@ class Manager:
             )
         self._look()
         # Where nobody answers any more, that is said once for all resources.
-        if self._lives(server, incarnation) and not sockets.explain(self._socket):
+        if self._lives(server, incarnation) and not explain(self._socket, KUBELET):
             raise KubeletError(f"{plugin.resource}: the kubelet ended the list stream")
 
     def _lives(self, server: Server, incarnation: Incarnation) -> bool:
@@ -242,7 +258,7 @@ class Manager:
                 await api_pb2_grpc.RegistrationStub(channel).Register(request, timeout=REGISTER_TIMEOUT)
             except grpc.aio.AioRpcError as exc:
                 why = (
-                    sockets.explain(self._socket)
+                    explain(self._socket, KUBELET)
                     or f"the kubelet refused: {exc.details() or exc.code().name}"
                 )
                 raise KubeletError(f"{resource}: {why}") from exc

@@ -156,6 +156,7 @@ async def _agent(state: Path, kubelet: Kubelet, log: Path) -> AsyncIterator[asyn
         "--force-simulate",  # the kubelet is ours, so no real workload can come
         f"--kubelet-socket={kubelet.socket}",
         f"--pod-resources-socket={kubelet.pod_resources_socket}",
+        f"--control-socket={kubelet.socket.parent.parent}/agent.sock",
         f"--removal-delay={REMOVAL_DELAY:g}s",
     )
     with log.open("wb") as file:

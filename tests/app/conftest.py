@@ -61,6 +61,12 @@ class Agent:
         assert found, f"never said {phrase!r} {fields}; it said: {self.lines} {self.stray}"
         return found[0]
 
+    async def until_next(self) -> None:
+        """Returns when it has said something more."""
+        self._changed.clear()
+        async with asyncio.timeout(PATIENCE):
+            await self._changed.wait()
+
     async def end(self, number: int = signal.SIGTERM) -> int:
         """The exit code after a signal; every agent ends without a traceback."""
         if self.process.returncode is None:
@@ -102,6 +108,30 @@ class Machine:
         )
 
     @property
+    def control_socket(self) -> Path:
+        return self.root / "run/agent.sock"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What every process is given: there is more than one node on this machine."""
+        return {"PATH": os.environ["PATH"], "MIGPLUGIN_CONTROL_SOCKET": str(self.control_socket)}
+
+    async def command(self, *words: str) -> tuple[int | None, str, str]:
+        """A command of ours as a person types it on this node: its exit code, and what it said on both."""
+        sockets = {
+            "KUBELET_SOCKET": str(self.kubelet.socket),
+            "MIGPLUGIN_POD_RESOURCES_SOCKET": str(self.kubelet.pod_resources_socket),
+        }
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "migplugin", *words),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=self.environment | sockets,
+        )
+        out, err = await asyncio.wait_for(process.communicate(), 2 * PATIENCE)
+        return process.returncode, out.decode(), err.decode()
+
+    @property
     def simulated(self) -> tuple[str, str]:
         """The flags that an agent needs to run on this node's driver."""
         return f"--simulate={self.state}", "--force-simulate"
@@ -110,7 +140,7 @@ class Machine:
         process = await asyncio.create_subprocess_exec(
             *words,
             stderr=asyncio.subprocess.PIPE,
-            env={"PATH": os.environ["PATH"], **env},
+            env=self.environment | env,
         )
         agent = Agent(process)
         self.agents.append(agent)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 
@@ -10,11 +11,11 @@ import pytest
 from migplugin.control import reconciler as reconciler_module
 from migplugin.control.reconciler import FAULTS_AGAIN, Pace, Reconciler
 from migplugin.core.decide import Options, Source, Usage
-from migplugin.core.health import Fault
+from migplugin.core.health import Fault, Health
 from migplugin.core.inventory import Inventory
 from migplugin.core.resource import of_profile
 from migplugin.core.sharing import Shared, TimeSlicing
-from migplugin.errors import DriverError
+from migplugin.errors import DriverError, InputError
 from tests.core.examples import ASSORTED, SEVENTHS, inventory
 
 
@@ -187,3 +188,91 @@ async def test_other_options_hold_at_once_and_without_a_look() -> None:
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+
+
+async def sick_nine() -> tuple[Reconciler, Told]:
+    driver = Told()
+    reconciler = Reconciler(driver, Nobody(), Options(), Pace())
+    await reconciler.first()
+    driver.xids.append(94)
+    return reconciler, driver
+
+
+NINE = SEVENTHS.devices[2].uuid
+
+
+async def test_whom_a_person_clears_is_offered_when_it_returns_and_the_log_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    reconciler, _ = await sick_nine()
+    reconciler._judge_faults()
+    offer = reconciler.offers.value.resources[of_profile("1g.5gb")]
+    assert NINE not in offer.fit
+    cleared = reconciler.clear_health([NINE])
+    assert cleared.sick.keys() == {NINE}
+    assert NINE in reconciler.offers.value.resources[of_profile("1g.5gb")].fit
+    (said,) = [record for record in caplog.records if record.message == "cleared by a person"]
+    assert (vars(said)["device"], vars(said)["gpu"]) == (NINE, SEVENTHS.uuid)
+    assert vars(said)["was"].startswith("XID 94")
+    assert "no longer sick" not in caplog.text
+
+
+async def test_what_came_before_a_person_asked_is_cleared_too() -> None:
+    reconciler, driver = await sick_nine()
+    assert reconciler.clear_health(None).sick.keys() == {NINE}
+    assert not driver.xids
+
+
+async def test_who_cannot_be_cleared_changes_nothing() -> None:
+    reconciler, _ = await sick_nine()
+    reconciler._judge_faults()
+    outcome = reconciler.outcome
+    with pytest.raises(InputError, match="'x' is not sick"):
+        reconciler.clear_health([NINE, "x"])
+    assert reconciler.outcome is outcome
+
+
+class Record:
+    def __init__(self) -> None:
+        self.saved: list[Health] = []
+
+    def load(self, now: float) -> Health:
+        return Health()
+
+    def save(self, health: Health) -> None:
+        self.saved.append(health)
+
+
+async def test_what_is_cleared_is_recorded_at_once() -> None:
+    driver, record = Told(), Record()
+    reconciler = Reconciler(driver, Nobody(), Options(), Pace(), record=record)
+    await reconciler.first()
+    driver.xids.append(94)
+    reconciler._judge_faults()
+    assert record.saved[-1].sick
+    reconciler.clear_health(None)
+    assert not record.saved[-1].sick
+
+
+async def test_what_a_person_sees_has_the_leases_of_now_and_fresh_usage_but_no_new_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reconciler_module, "USAGE_SOONEST", 0.0)
+    driver, usage = Told(), Silent()
+    usage.let.set()
+    reconciler = Reconciler(driver, usage, Options(), Pace())
+    await reconciler.first()
+    reconciler.grant(of_profile("1g.5gb"), [NINE])
+    world, _ = await reconciler.seen(within=1.0)
+    assert world.leases.keys() == {(of_profile("1g.5gb"), NINE)}
+    assert (usage.asked, driver.looks) == (2, 1)
+    usage.let.clear()
+    began = time.monotonic()
+    again, outcome = await reconciler.seen(within=0.05)
+    assert 0.04 < time.monotonic() - began < 1.0, "a kubelet that does not say is not waited for"
+    assert (again.usage, outcome) == (world.usage, reconciler.outcome)
+    monkeypatch.setattr(reconciler_module, "USAGE_SOONEST", 60.0)
+    await reconciler.seen(within=0.05)
+    assert usage.asked == 3, "one question at a time"
+    usage.let.set()

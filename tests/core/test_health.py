@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from migplugin.core.health import (
     BELIEVED_AFTER,
     LOOK_EVERY,
@@ -11,6 +13,7 @@ from migplugin.core.health import (
     Health,
     Scene,
     awaits_release,
+    clear,
     fold,
     look_at,
     suspects,
@@ -18,6 +21,7 @@ from migplugin.core.health import (
 )
 from migplugin.core.inventory import BrokenGpu, DeviceId, Gpu, GpuUuid, Inventory, Signs
 from migplugin.core.xid import Checks
+from migplugin.errors import InputError
 from tests.core.examples import ASSORTED, SEVENTHS, gpu, inventory, uuid
 
 WHOLE = gpu(2, mig=False)
@@ -369,6 +373,91 @@ def test_what_was_remembered_and_is_no_longer_checked_for_is_forgotten() -> None
     run.step()
     assert run.unfit() == everything_on(ASSORTED)
     assert "no longer checked for" in run.changes[-1].reason
+
+
+def relapsed() -> Run:
+    """A device that fell sick again within an hour, and one on another GPU that fell sick once."""
+    run = Run(fault(SEVENTHS, 94, 9, 0, at=1.0))
+    run.step(at=10.0)
+    run.step(at=310.0)
+    run.step(fault(SEVENTHS, 94, 9, 0, at=400.0), fault(ASSORTED, 48, 2, 0, at=400.0), at=400.0)
+    assert run.unfit() == {uuid(0, 9), uuid(1, 2)}
+    return run
+
+
+def test_whom_a_person_clears_is_well_and_has_its_chance_again() -> None:
+    run = relapsed()
+    cleared = clear(run.health, [f"{uuid(0, 9)}::3"])
+    assert [(id_, s.stays) for id_, s in cleared.sick.items()] == [(uuid(0, 9), True)]
+    assert not cleared.notes
+    run.health = cleared.health
+    assert run.unfit() == {uuid(1, 2)}
+    run.step(fault(SEVENTHS, 94, 9, 0, at=500.0), at=500.0)
+    run.step(at=510.0)
+    run.step(at=810.0)
+    assert run.unfit() == {uuid(1, 2)}, "it gets well by itself, as after a first time"
+
+
+def test_all_are_cleared_at_once_with_the_history_of_those_that_got_well() -> None:
+    run = Run(fault(SEVENTHS, 94, 9, 0, at=1.0), fault(ASSORTED, 79, at=1.0))
+    run.step(at=10.0)
+    run.step(at=310.0)
+    assert run.health.recovered.keys() == {uuid(0, 9)}
+    cleared = clear(run.health, None)
+    assert cleared.sick.keys() == {ASSORTED.uuid}
+    assert not cleared.health.sick
+    assert not cleared.health.recovered
+    assert clear(cleared.health, None).sick == {}, "that there is nobody is no error"
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["MIG-x"], f"'MIG-x' is not sick; sick are {ASSORTED.uuid}, {uuid(0, 9)}"),
+        ([uuid(0, 9), "MIG-x"], "'MIG-x' is not sick"),
+        ([uuid(0, 10)], "is not sick; sick are"),
+        ([uuid(1, 2)], f"is not sick by itself, its GPU is: clear {ASSORTED.uuid}"),
+        ([WHOLE.uuid], "cannot be cleared: the driver wants of this GPU: GPU reset; that is over"),
+        ([uuid(3, 2)], "cannot be cleared: the driver wants of this GPU: node reboot; that is over"),
+        ([""], "'' is not sick"),
+    ],
+)
+def test_whom_nobody_can_clear_is_one_line_and_nothing_changes(ids: list[str], message: str) -> None:
+    wishing = (replace(WHOLE, signs=Signs(1)), replace(gpu(3, (2, "3g.20gb", 0, 4)), signs=Signs(2)))
+    run = Run()
+    run.step(
+        fault(SEVENTHS, 94, 9, 0), fault(ASSORTED, 79), see=inventory(SEVENTHS, ASSORTED, *wishing), at=1.0
+    )
+    with pytest.raises(InputError) as caught:
+        clear(run.health, ids)
+    assert message in str(caught.value)
+
+
+def test_a_sign_of_one_device_cannot_be_cleared_either() -> None:
+    devices = tuple(replace(d, uncorrected=2) if d.gi == 9 else d for d in SEVENTHS.devices)
+    run = Run(fault(SEVENTHS, 94, 9, 0))
+    run.step(see=inventory(replace(SEVENTHS, devices=devices)))
+    cleared = clear(run.health, [uuid(0, 9)])
+    (note,) = cleared.notes
+    assert note.startswith(f"{uuid(0, 9)} stays unhealthy for as long as that is true: 2 uncorrected")
+    with pytest.raises(InputError, match="cannot be cleared: 2 uncorrected"):
+        clear(cleared.health, [uuid(0, 9)])
+
+
+def test_nobody_is_sick_is_said_where_nobody_is() -> None:
+    with pytest.raises(InputError, match="'MIG-x' is not sick; nobody is"):
+        clear(Health(), ["MIG-x"])
+
+
+def test_what_is_unfit_all_the_same_is_said() -> None:
+    run = Run(fault(SEVENTHS, 94, 9, 0), fault(SEVENTHS, 79), fault(ASSORTED, 48))
+    run.step(see=inventory(SEVENTHS, replace(ASSORTED, signs=Signs(1))))
+    (by_gpu,) = clear(run.health, [uuid(0, 9)]).notes
+    assert by_gpu.startswith(f"{uuid(0, 9)} stays unhealthy, since its GPU {SEVENTHS.uuid} is: XID 79")
+    (by_driver,) = clear(run.health, None).notes
+    assert by_driver.startswith(
+        f"{ASSORTED.uuid} stays unhealthy for as long as that is true: the driver wants"
+    )
 
 
 def test_another_driver_or_the_same_one_loaded_anew_is_the_end_of_all() -> None:

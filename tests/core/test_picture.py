@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 
 from migplugin.core.decide import Memory, Options, Source, Usage, World, decide
-from migplugin.core.inventory import BrokenGpu, Gpu, GpuUuid, Inventory
+from migplugin.core.health import Fault
+from migplugin.core.inventory import BrokenGpu, Gpu, GpuUuid, Inventory, Signs
 from migplugin.core.picture import draw
 from migplugin.core.resource import ResourceName, Strategy
 from migplugin.core.status import AgentFacts, Status, status
@@ -104,6 +105,21 @@ def sick() -> Status:
     return status(world, decide(world), node="gpu-node-7")
 
 
+def faults() -> Status:
+    """An agent, after an error in one device, one on a whole GPU, and the driver's wish about a third."""
+    wishing = replace(gpu(2, (9, "1g.5gb", 0, 1)), signs=Signs(1))
+    seen = inventory(SEVENTHS, gpu(1), wishing)
+    before = World(0.0, seen, usage=usage())
+    came = (
+        Fault(SEVENTHS.uuid, 9, 0, 94, 1, 1.0, 1.0),
+        Fault(GpuUuid(uuid(1)), None, None, 79, 1, 100.0, 100.0),
+    )
+    world = replace(before, now=181.0, faults=came, memory=decide(before).memory)
+    names = ("mig-1g.5gb",)
+    facts = AgentFacts({ResourceName(f"nvidia.com/{name}"): "registered" for name in names})
+    return status(world, decide(world), node="gpu-node-7", agent=facts)
+
+
 def long_names() -> Status:
     pods = {
         key("mig-3g.20gb", uuid(1, 2)): "a-long-namespace/" + "a-pod-with-a-name-of-its-own-" * 3 + ":main",
@@ -135,6 +151,7 @@ NODES = {
     "gone-but-held": gone_but_held,
     "shared-instances": shared_instances,
     "sick": sick,
+    "faults": faults,
     "a30": lambda: of(
         inventory(gpu(0, (3, "1g.6gb", 0, 1), (2, "2g.12gb", 2, 2), product=A30_24GB)),
         usage({key("mig-1g.6gb", uuid(0, 3)): "ml/a:b"}),
@@ -244,3 +261,11 @@ def test_nothing_is_drawn_of_nothing() -> None:
     world = World(0.0, memory=Memory())
     text = draw(status(world, decide(world)), width=80, color=False, unicode=True)
     assert text.splitlines()[0].startswith("this node   driver -")
+
+
+def test_a_note_says_how_the_picture_was_come_by() -> None:
+    text = draw(demo(), width=60, color=False, unicode=True, note="nobody was asked: " + "because " * 9)
+    head = text.split("\n\n")[0].splitlines()
+    assert head[1].startswith("nobody was asked: because")
+    assert len(head) > 2
+    assert max(map(len, head)) <= 60

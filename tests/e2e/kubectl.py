@@ -68,8 +68,8 @@ class RealCluster:
         await kubectl("rollout", "restart", f"daemonset/{NAME}", f"--namespace={NAMESPACE}")
         await self._rolled_out(f"daemonset/{NAME}")
 
-    async def sim(self, *words: str) -> str:
-        return await self._in_agent("migplugin", "sim", *words)
+    async def migplugin(self, *words: str) -> str:
+        return await self._in_agent("migplugin", *words)
 
     async def run(self, name: str, resource: str) -> None:
         (example,) = [d for d in shipped() if d["kind"] == "Deployment"]

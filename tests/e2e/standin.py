@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from migplugin.settings import TABLE, Settings, parse_path, resolve
+from migplugin.settings import TABLE, Settings, resolve
 from migplugin.sim.kubelet import Container, Kubelet, Pod
 
 Document = dict[str, Any]
@@ -100,6 +100,11 @@ class Sandbox:
 def _source(node: Path, volume: Document) -> Path:
     if "configMap" in volume:
         return node / "configmaps" / str(volume["configMap"]["name"])
+    if "emptyDir" in volume:
+        empty = node / "emptydirs" / str(volume["name"])
+        empty.mkdir(parents=True, exist_ok=True)
+        empty.chmod(0o777)
+        return empty
     host = node / str(volume["hostPath"]["path"]).lstrip("/")
     if volume["hostPath"]["type"] == "DirectoryOrCreate":
         host.mkdir(parents=True, exist_ok=True)
@@ -159,9 +164,9 @@ class StandIn:
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
             await self._until_probed(self._agent, container[probe]["httpGet"]["path"])
 
-    async def sim(self, *words: str) -> str:
+    async def migplugin(self, *words: str) -> str:
         (container,) = self._template["spec"]["containers"]
-        process = await self._start({**container, "args": ["sim", *words]}, errors=False)
+        process = await self._start({**container, "args": [*words]}, errors=False)
         assert await process.ended() == 0, process.said
         return "\n".join(process.said)
 
@@ -280,7 +285,8 @@ def _own_paths(sandbox: Sandbox, env: Mapping[str, str]) -> dict[str, str]:
     return {
         setting.env[0]: sandbox.path(str(getattr(settings, setting.name)))
         for setting in TABLE
-        if setting.parse is parse_path and not str(getattr(settings, setting.name)).startswith(OF_THE_NODE)
+        if isinstance(getattr(settings, setting.name), Path)
+        and not str(getattr(settings, setting.name)).startswith(OF_THE_NODE)
     }
 
 

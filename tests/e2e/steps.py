@@ -29,8 +29,8 @@ class Cluster(Protocol):
     async def restart(self) -> None:
         """True after: the agent's pod has been replaced, and the new one is ready."""
 
-    async def sim(self, *words: str) -> str:
-        """What `migplugin sim` prints in the agent's container."""
+    async def migplugin(self, *words: str) -> str:
+        """What `migplugin` prints in the agent's container."""
 
     async def run(self, name: str, resource: str) -> None:
         """True after: a pod of that name, which asks for one of `resource`, runs."""
@@ -58,7 +58,7 @@ def manifests() -> list[Document]:
 
 async def geometry(cluster: Cluster) -> Counts:
     """How many devices of each resource the simulated driver has."""
-    node = json.loads(await cluster.sim("show", "--output=json"))
+    node = json.loads(await cluster.migplugin("sim", "show", "--output=json"))
     return Counter(
         f"nvidia.com/mig-{device['profile']}"
         for gpu in node["gpus"]
@@ -73,6 +73,7 @@ async def story(cluster: Cluster) -> None:
     await cluster.apply(shipped)
     counts = await the_node_shows_what_the_driver_has(cluster)
     await every_pod_has_a_device_of_its_own(cluster)
+    await the_agent_says_what_it_sees(cluster, counts)
     counts = await the_node_follows_a_change_of_geometry(cluster, counts)
     await a_restarted_agent_takes_nothing_from_a_pod(cluster, counts)
     await an_upgrade_loses_nothing(cluster, counts, shipped)
@@ -96,17 +97,26 @@ async def every_pod_has_a_device_of_its_own(cluster: Cluster) -> None:
     assert all(device.startswith("MIG-") for device in devices)
 
 
+async def the_agent_says_what_it_sees(cluster: Cluster, counts: Counts) -> None:
+    document = json.loads(await cluster.migplugin("status", "--output=json"))
+    assert document["seen_by"] == "agent"
+    shown = {resource["name"]: resource for resource in document["resources"]}
+    assert {name: resource["healthy"] for name, resource in shown.items()} == counts
+    assert shown[RESOURCE]["held"] == 3
+    assert {resource["registration"] for resource in document["resources"]} == {"registered"}
+
+
 async def the_node_follows_a_change_of_geometry(cluster: Cluster, counts: Counts) -> Counts:
-    node = json.loads(await cluster.sim("show", "--output=json"))
+    node = json.loads(await cluster.migplugin("sim", "show", "--output=json"))
     (uuid,) = [
         device["uuid"]
         for instance in node["gpus"][1]["instances"]
         for device in instance["compute"]
         if device["profile"] == "3g.20gb"
     ]
-    await cluster.sim("destroy", f"--uuid={uuid}")
+    await cluster.migplugin("sim", "destroy", f"--uuid={uuid}")
     await cluster.until_allocatable({**counts, "nvidia.com/mig-3g.20gb": 0})
-    await cluster.sim("create", "1", "2g.10gb")
+    await cluster.migplugin("sim", "create", "1", "2g.10gb")
     changed = {**counts, "nvidia.com/mig-3g.20gb": 0, "nvidia.com/mig-2g.10gb": 2}
     await cluster.until_allocatable(changed)
     return changed

@@ -93,8 +93,8 @@ class Server:
             variables = await self.cluster.environment(place[1])
             return "".join(f"{name}={value}\n" for name, value in variables.items())
         assert place[1:] == ["pod/agent", "--container=migplugin"]
-        if command[:2] == ["migplugin", "sim"]:
-            return await self.cluster.sim(*command[2:])
+        if command[0] == "migplugin":
+            return await self.cluster.migplugin(*command[1:])
         assert command == ["/bin/sh", "-c", "rm -rf /var/lib/migplugin/simulated/*"]
         return ""
 

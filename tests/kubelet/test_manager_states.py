@@ -8,6 +8,7 @@ from migplugin.core.allocation import Offer, Offers
 from migplugin.core.resource import ResourceName
 from migplugin.kubelet.deviceplugin import DevicePlugin, Server
 from migplugin.kubelet.manager import Manager
+from migplugin.unixsocket import identity
 
 NAME = ResourceName("nvidia.com/gpu")
 
@@ -35,5 +36,5 @@ async def test_a_server_is_dead_when_its_socket_is_there_and_nobody_listens(shor
     assert manager.dead() == [], "a socket that is gone is noticed and made anew"
     with socket.socket(socket.AF_UNIX) as abandoned:
         abandoned.bind(str(server.path))
-    server._identity = server._socket()
+    server._identity = identity(server.path)
     assert manager.dead() == [NAME]

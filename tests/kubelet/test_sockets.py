@@ -1,8 +1,6 @@
 """The device-plugin directory: the lock, our sockets, and what is said about what is wrong."""
 
 import asyncio
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,19 +9,8 @@ import pytest
 
 from migplugin.errors import KubeletError
 from migplugin.kubelet import sockets
-from migplugin.kubelet.sockets import NodeLock, explain, new_socket_path, other_plugin, remove_stale
-
-
-def listening(path: Path) -> socket.socket:
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(str(path))
-    server.listen(1)
-    return server
-
-
-def left_behind(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(path))
+from migplugin.kubelet.sockets import NodeLock, new_socket_path, other_plugin, remove_stale
+from tests.fakes.sockets import left_behind, listening
 
 
 def test_only_one_holds_the_node_lock_and_its_end_frees_it(short: Path) -> None:
@@ -111,31 +98,3 @@ def test_nvidia_s_plugin_counts_only_while_it_serves_that_very_resource(short: P
         assert other_plugin(short, "nvidia.com/mig-1g.5gb") == short / "nvidia-mig-1g.5gb.sock"
         assert other_plugin(short, "nvidia.com/gpu") is None
         assert other_plugin(short, "nvidia.com/mig-2g.10gb") is None
-
-
-def test_what_is_wrong_with_a_socket_is_said_in_one_line(short: Path) -> None:
-    path = short / "kubelet.sock"
-    assert "no such socket" in explain(path)
-    assert "no such directory" in explain(short / "x" / "kubelet.sock")
-    path.touch()
-    assert "not a socket" in explain(path)
-    path.unlink()
-    left_behind(path)
-    assert "left by a kubelet that is gone" in explain(path)
-    path.unlink()
-    with listening(path):
-        assert explain(path) == ""
-    assert "too long" in explain(Path("/tmp") / ("x" * 120))
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
-def test_a_forbidden_socket_says_that_root_is_needed(short: Path) -> None:
-    with listening(short / "kubelet.sock"):
-        short.chmod(0o700)
-        code = (
-            "import os, sys; from pathlib import Path; from migplugin.kubelet.sockets import explain\n"
-            "os.setuid(65534); print(explain(Path(sys.argv[1])))"
-        )
-        command = [sys.executable, "-c", code, str(short / "kubelet.sock")]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "permission denied; run as root" in said

@@ -69,7 +69,7 @@ def test_only_what_must_be_written_is_mounted_writable(name: str) -> None:
         if not mount.get("readOnly")
     }
     more = {"privileged": {"/dev"}, "simulated": {"/var/lib/migplugin/simulated"}}.get(name, set())
-    assert writable == {"/var/lib/kubelet/device-plugins"} | more
+    assert writable == {"/var/lib/kubelet/device-plugins", "/run/migplugin"} | more
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -121,6 +121,10 @@ def test_every_default_path_that_matters_is_mounted(name: str) -> None:
     assert mounts[settings.kubelet_socket.parent] is False
     assert mounts[settings.pod_resources_socket.parent] is True
     assert mounts[Path(env(container)["CONFIG_FILE"]).parent] is True
+    assert settings.control_socket is not None
+    assert mounts[settings.control_socket.parent] is False
+    (run,) = [volume for volume in pod(name)["volumes"] if volume["name"] == "run"]
+    assert run["emptyDir"] == {"medium": "Memory", "sizeLimit": "1Mi"}, "no socket outlives its pod"
 
 
 @pytest.mark.parametrize("name", ALL)
