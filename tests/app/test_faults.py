@@ -166,6 +166,7 @@ async def test_what_applications_do_wrong_makes_nobody_sick(machine: Start) -> N
         await agent.until_said("xid", xid=code)
     node.change(lambda made: made.gpus[0].xid(94, gi.id, ci.id))
     await node.until(lambda _: node.allocatable("1g.5gb") == 2)
+    await agent.until_said("fell sick")  # a line comes after the list: the log has a thread of its own
     assert len(agent.said("fell sick")) == 1
 
 
