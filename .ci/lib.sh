@@ -26,7 +26,7 @@ install_programs() { # those of these names that are not there, from the Debian 
     command -v apt-get > /dev/null || cannot "not installed: ${missing[*]}, and there is no apt-get to install them"
     say "installing ${missing[*]}"
     again apt_install "${missing[@]}" > "$work/apt.log" 2>&1 \
-        || { tail -20 "$work/apt.log" >&2; die "apt-get could not install ${missing[*]}"; }
+        || { tail -20 "$work/apt.log" >&2; cannot "apt-get could not install ${missing[*]}"; }
 }
 apt_install() { # lists first: those of an older machine name packages that the mirror has no more
     local apt=(apt-get -qq -o DPkg::Lock::Timeout=120 -o Acquire::Retries=3)
