@@ -20,7 +20,7 @@ from pathlib import Path
 
 from migplugin.aio import Mailbox, OwnerThread
 from migplugin.core.health import Fault
-from migplugin.core.inventory import GpuUuid, Inventory, MigDevice
+from migplugin.core.inventory import GpuUuid, Inventory
 from migplugin.errors import DriverError, DriverTimeout, LibraryOutdated
 from migplugin.nvml import binding
 from migplugin.nvml.events import EventThread, Patience, Registration, Scope, merge
@@ -164,7 +164,7 @@ class Driver:
             return ""
         if look.disagreements - self._known:
             return "what is listed and the files disagree"
-        # Devices only: a stale session may list GPU instances of the present with devices of the past.
+        # Who is listed, and nothing else: a stale session may tell the past's devices the present's places.
         if suspect and self._last is not None and _devices(look.inventory) == _devices(self._last):
             return "an event told of a change that this session does not show"
         broken = {gpu.uuid for gpu in look.inventory.broken if gpu.uuid is not None}
@@ -308,5 +308,5 @@ class _Bell:
         self._callback()
 
 
-def _devices(inventory: Inventory) -> frozenset[MigDevice]:
-    return frozenset(device for _, device in inventory.devices())
+def _devices(inventory: Inventory) -> frozenset[tuple[str, int, int]]:
+    return frozenset((device.uuid, device.gi, device.ci) for _, device in inventory.devices())

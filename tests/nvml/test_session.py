@@ -9,6 +9,7 @@ import pytest
 
 from migplugin.errors import DriverError, DriverNotReady, DriverTimeout, LibraryMissing
 from migplugin.nvml import driver as edges
+from migplugin.sim.model import Node
 from migplugin.sim.records import Failure, Process
 from tests.nvml.machine import SEVEN, devices, edge, machine, until, watching
 
@@ -70,6 +71,23 @@ async def test_an_event_that_shows_no_change_opens_the_session_anew_once() -> No
             assert await watched.driver.look(suspect=True) == first
             assert place.calls[INIT] == 2
             assert place.calls[SHUTDOWN] == 1
+
+
+async def test_devices_of_the_past_in_places_of_the_present_are_doubted() -> None:
+    """Made again with the ids that they had, in other places: only the places are new in a stale session."""
+    with machine(SEVEN, stale_sessions=True, runtime_view="container", uuid_reuse=False) as place:
+        async with watching(place) as watched:
+            await watched.driver.look()
+            place.recarve(*["1g.5gb"] * 7)
+            place.change(_swap_places)
+            assert {
+                device.uuid for device in devices(await watched.driver.look(suspect=True))
+            } == place.uuids()
+
+
+def _swap_places(node: Node) -> None:
+    one, other, *_ = node.gpus[0].instances
+    one.start, other.start = other.start, one.start
 
 
 async def test_an_event_that_shows_its_change_leaves_the_session_alone() -> None:
