@@ -62,7 +62,7 @@ class Mailbox(Generic[K, T]):
     `dropped` (a bound against a driver gone mad, not a working state).
     """
 
-    def __init__(self, merge: Callable[[T, T], T], limit: int = 4096) -> None:
+    def __init__(self, merge: Callable[[T, T], T], limit: int = 1 << 16) -> None:
         self._merge = merge
         self._limit = limit
         self._items: dict[K, T] = {}
@@ -83,6 +83,26 @@ class Mailbox(Generic[K, T]):
         with self._lock:
             items, self._items = self._items, {}
         return tuple(items.values())
+
+
+class Bell:
+    """Calls `callback` on the loop, once for all rings that come before it gets there. Any thread rings."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self._callback = callback
+        self._rung = False
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def __call__(self) -> None:
+        if self._rung or self.loop is None:
+            return
+        self._rung = True
+        _post(self.loop, self._answer)
+
+    def _answer(self) -> None:
+        # First: a ring from now on may be about something that the callback does not see any more.
+        self._rung = False
+        self._callback()
 
 
 class OwnerThread:
@@ -215,14 +235,15 @@ class DirectoryWatch:
         from watchdog.events import FileSystemEvent, FileSystemEventHandler  # noqa: PLC0415  not needed to serve
         from watchdog.observers import Observer  # noqa: PLC0415
 
-        loop = asyncio.get_running_loop()
-        wake = self._wake
+        # Files may change faster than the loop turns.
+        wake = Bell(self._wake)
+        wake.loop = asyncio.get_running_loop()
 
         class Handler(FileSystemEventHandler):
             def on_any_event(self, event: FileSystemEvent) -> None:
                 # Opening and closing are our own reads of the kubelet's checkpoint.
                 if event.event_type in {"created", "deleted", "moved", "modified"}:
-                    _post(loop, wake)
+                    wake()
 
         observer = None
         try:

@@ -16,6 +16,10 @@ class Driver(Protocol):
     def events_work(self) -> bool:
         """Whether the driver tells of every change of geometry by itself."""
 
+    @property
+    def overdue_at(self) -> float | None:
+        """When, on the monotonic clock, the driver counts as hung if nothing happens; None: it does not."""
+
     async def look(self, *, suspect: bool = False, processes_of: AbstractSet[str] = frozenset()) -> Inventory:
         """Everything the driver says now; `suspect` where an event said that something changed. Whether
         something runs on them is asked of those ids alone.

@@ -201,7 +201,8 @@ class Reconciler:
         now = self._clock()
         suspect = self._changed_at is not None
         self._judge_due_faults()
-        if suspect or now >= self._look_at:
+        overdue = self._overdue_at()
+        if suspect or now >= self._look_at or (overdue is not None and now >= overdue):
             self._changed_at = None
             await self._look(suspect=suspect)
         await self._prepare()
@@ -267,7 +268,7 @@ class Reconciler:
                 self._on_outdated(str(exc))
             elif self.world.driver_failed is None or str(exc) != self.world.driver_error:
                 log.warning("the driver does not answer, will try again", extra={"reason": str(exc)})
-            failed = self.world.driver_failed if self.world.driver_failed is not None else self._clock()
+            failed = self.world.driver_failed if self.world.driver_failed is not None else began
             self.world = replace(self.world, driver_failed=failed, driver_error=str(exc))
             self._look_at = self._clock() + self._retry
             self._retry = min(2 * self._retry, RETRY_LONGEST)
@@ -309,10 +310,14 @@ class Reconciler:
                 self._prepare_at = self._clock() + PREPARE_AGAIN
         self.world = replace(self.world, unready=MappingProxyType(unready))
 
+    def _overdue_at(self) -> float | None:
+        """When to look because the driver does not come back to us; None where we know that already."""
+        return self._driver.overdue_at if self.world.driver_failed is None else None
+
     async def _wait(self) -> None:
         """Until there is something to do."""
-        outcome = self.outcome
-        moments = [self._look_at]
+        outcome, overdue = self.outcome, self._overdue_at()
+        moments = [self._look_at] if overdue is None else [self._look_at, overdue]
         faults_at = self._faults_at if self.world.inventory is not None else None
         moments += [moment for moment in (self._prepare_at, faults_at) if moment is not None]
         if outcome is not None:

@@ -10,15 +10,16 @@ are made on it later.
 
 Other ways to get well: what was only a contained error, when for `recovery_after` no pod holds the device
 and the driver sees no process on it and wants nothing done; anything else when the driver, asked after the
-fault, says that nothing need be done, and a whole GPU also when it was lost and answers again, which takes a
-reset. What falls sick again within an hour of getting well stays sick until it is made anew, or a person
+fault, says that nothing need be done, and all on a GPU that was lost and answers again, which takes a reset.
+What falls sick again within an hour of getting well stays sick until it is made anew, or a person
 acts: whom they `clear` is well, and has its chance again.
 
 Signs are what the driver says without being told by an event, of a GPU or of one device. They need no
 memory: it is sick for as long as they are there. Only that a device's files have vanished takes two
 looks: in a container many are not shown at all (capabilities), and invisible is not vanished.
 
-When the kernel module was loaded anew, or another one was, every GPU has been reset: all is over.
+When the kernel module was loaded anew, or another one was, every GPU has been reset: all is over that came
+before the look which found it.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -190,7 +191,7 @@ def fold(
     changes = []
     for id_, before in health.sick.items():
         sickness = _rest(before, scene, gpus)
-        if reloaded:
+        if reloaded and before.last < scene.looked:
             well = "the driver was loaded anew"
         elif _is_over(sickness, inventory, gpus):
             well = "gone or made anew"
@@ -389,7 +390,7 @@ def _recovery(sickness: Sickness, scene: Scene, lost: AbstractSet[GpuUuid], reco
     gpu = next((gpu for gpu in scene.inventory.gpus if gpu.uuid == sickness.gpu), None)
     if sickness.stays or gpu is None or not scene.answers:
         return ""
-    if gpu.uuid in lost and sickness.device is None:
+    if gpu.uuid in lost:
         return "its GPU was lost and is back"
     if sickness.is_contained:
         since = sickness.idle_since

@@ -292,8 +292,7 @@ def placements(handle: Handle, profile_id: int) -> list[tuple[int, int]]:
     """Every possible (start, size) of a GPU-instance profile, taken or not."""
     count = ctypes.c_uint(0)
     call("nvmlDeviceGetGpuInstancePossiblePlacements", handle, profile_id, None, ctypes.byref(count))
-    # The library writes without bounds, and may count more than it did: there is room to spare.
-    array = (pynvml.c_nvmlGpuInstancePlacement_t * max(2 * count.value, 64))()
+    array = (pynvml.c_nvmlGpuInstancePlacement_t * _room(count.value))()
     call("nvmlDeviceGetGpuInstancePossiblePlacements", handle, profile_id, array, ctypes.byref(count))
     return [(int(p.start), int(p.size)) for p in array[: count.value]]
 
@@ -303,11 +302,19 @@ def gis(handle: Handle, profile_id: int, most: int) -> list[GiInfo]:
     while we ask.
     """
     count = ctypes.c_uint(0)
-    # The library writes without bounds; some drivers report a wrong `most` (A30), so there is room to spare.
-    array = (pynvml.c_nvmlGpuInstance_t * max(2 * most, 64))()
+    array = (pynvml.c_nvmlGpuInstance_t * _room(most))()
     call("nvmlDeviceGetGpuInstances", handle, profile_id, array, ctypes.byref(count))
     found = [unless(GONE, lambda one=one: gi_info(Handle(one))) for one in array[: count.value]]  # type: ignore[misc]
     return [info for info in found if info is not None]
+
+
+def _room(count: int) -> int:
+    """How long an array must be that the driver fills without bounds, where it told `count`.
+
+    Some report too little (A30), and more may come meanwhile: there is room to spare. None is believed that
+    its GPU has thousands.
+    """
+    return min(max(2 * count, 64), 4096)
 
 
 def gi(handle: Handle, gi_id: int) -> Handle:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
-from migplugin.aio import Mailbox, OwnerThread
+from migplugin.aio import Bell, Mailbox, OwnerThread
 from migplugin.core.health import Fault
 from migplugin.core.inventory import GpuUuid, Inventory
 from migplugin.errors import DriverError, DriverTimeout, LibraryOutdated
@@ -54,9 +54,9 @@ class Driver:
         self._library = library
         self._search = search
         self._deadline = deadline
-        self._geometry_bell = _Bell(on_geometry)
-        self._fault_bell = _Bell(on_fault)
-        self._news_bell = _Bell(on_news)
+        self._geometry_bell = Bell(on_geometry)
+        self._fault_bell = Bell(on_fault)
+        self._news_bell = Bell(on_news)
         self._faults: Mailbox[Scope, Fault] = Mailbox(merge)
         self._owner = OwnerThread("nvml")
         self._ended = False
@@ -82,6 +82,12 @@ class Driver:
         """
         events = self._events
         return self._tells_geometry and events is not None and events.works
+
+    @property
+    def overdue_at(self) -> float | None:
+        """When the driver counts as hung if it still waits for events then; None where it does not wait."""
+        events = self._events
+        return None if events is None else events.overdue_at(self._deadline)
 
     def faults(self) -> tuple[Fault, ...]:
         """The XIDs since the last call, merged by scope, oldest first."""
@@ -114,6 +120,8 @@ class Driver:
         self._ended = True
         if self._events is not None:
             self._events.ask_to_stop()
+        if self._successor is not None:
+            self._successor.close()
         try:
             await self._owner.call(self._end, CLOSE_WITHIN)
         except (TimeoutError, DriverError) as exc:
@@ -134,8 +142,7 @@ class Driver:
         return inventory
 
     def _read(self, *, suspect: bool) -> Inventory:
-        if self._successor is not None and self._successor.works():
-            raise LibraryOutdated("another NVML library has taken the place of the one that we loaded")
+        self._check()
         opened = self._opened_at is None
         if opened:
             self._open()
@@ -154,6 +161,17 @@ class Driver:
         self._known &= look.disagreements
         self._last = look.inventory
         return look.inventory
+
+    def _check(self) -> None:
+        """Raises LibraryOutdated or DriverTimeout where asking would be in vain."""
+        if self._successor is not None and self._successor.works():
+            raise LibraryOutdated("another NVML library has taken the place of the one that we loaded")
+        events = self._events
+        if events is not None and events.outdated is not None:
+            raise events.outdated
+        overdue = self.overdue_at
+        if overdue is not None and time.monotonic() >= overdue:
+            raise DriverTimeout(f"nvmlEventSetWait has not come back for more than {self._deadline:g} s")
 
     def _doubt(self, look: Look, *, suspect: bool) -> str:
         """Why the session may be telling old news, or ""."""
@@ -184,7 +202,7 @@ class Driver:
     def _open(self) -> None:
         if self._successor is None:
             library = None if self._library is None else self._library()
-            self._successor = Successor(binding.load(library, search=self._search))
+            self._successor = Successor(binding.load(library, search=self._search), self._news_bell)
         binding.init()
         self._opened_at = time.monotonic()
         self._snapshots.forget()
@@ -197,7 +215,7 @@ class Driver:
                 spoilt.free()
                 self._registration = self._registered()
         except DriverError as exc:
-            if exc.call == "nvmlDeviceGetCount":
+            if exc.call == "nvmlDeviceGetCount" or isinstance(exc, LibraryOutdated):
                 raise
             if not self._told_deaf:
                 self._told_deaf = True
@@ -232,6 +250,8 @@ class Driver:
             handle = binding.gpu(index)
             uuid = GpuUuid(binding.uuid(handle))
             return uuid not in self._mute and registration.add(handle, uuid)
+        except LibraryOutdated:
+            raise
         except DriverError as exc:
             log.debug("no events of this GPU", extra={"gpu": index, "reason": str(exc)})
             if registration.is_spoilt():
@@ -283,29 +303,6 @@ class Driver:
         self._registration = None
         self._opened_at = None
         return True
-
-
-class _Bell:
-    """Calls `callback` on the loop, once for all rings that come before it gets there. Any thread rings."""
-
-    def __init__(self, callback: Callable[[], None]) -> None:
-        self._callback = callback
-        self._rung = False
-        self.loop: asyncio.AbstractEventLoop | None = None
-
-    def __call__(self) -> None:
-        if self._rung or self.loop is None:
-            return
-        self._rung = True
-        try:
-            self.loop.call_soon_threadsafe(self._answer)
-        except RuntimeError:
-            log.debug("an event came after the end")
-
-    def _answer(self) -> None:
-        # First: a ring from now on may be about something that the callback does not see any more.
-        self._rung = False
-        self._callback()
 
 
 def _devices(inventory: Inventory) -> frozenset[tuple[str, int, int]]:

@@ -19,7 +19,7 @@ from dataclasses import replace
 from migplugin.aio import Mailbox
 from migplugin.core.health import Fault
 from migplugin.core.inventory import GpuUuid
-from migplugin.errors import DriverError
+from migplugin.errors import DriverError, LibraryOutdated
 from migplugin.nvml import binding
 from migplugin.nvml.binding import DOUBLE_BIT_ECC, MIG_CONFIG_CHANGE, XID_CRITICAL, Handle
 from migplugin.nvml.codes import Code
@@ -123,7 +123,9 @@ class EventThread:
         self._on_news = on_news
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="nvml-events", daemon=True)
+        self._entered: float | None = None
         self.failing = False
+        self.outdated: LibraryOutdated | None = None
 
     @property
     def alive(self) -> bool:
@@ -134,16 +136,21 @@ class EventThread:
         """Whether what the driver says would be heard."""
         return self.alive and not self.failing and not self._stop.is_set()
 
+    def overdue_at(self, deadline: float) -> float | None:
+        """When the present wait will have lasted `deadline` longer than it should; None between two waits."""
+        entered = self._entered
+        return None if entered is None or not self.alive else entered + WAIT_MS / 1000 + deadline
+
     def start(self) -> None:
         self._thread.start()
 
     def ask_to_stop(self) -> None:
         self._stop.set()
 
-    def stop(self, timeout: float = GIVE_UP_AFTER) -> bool:
+    def stop(self, timeout: float | None = None) -> bool:
         """Whether the thread has left NVML; where not, the session must not be ended."""
         self._stop.set()
-        self._thread.join(timeout)
+        self._thread.join(GIVE_UP_AFTER if timeout is None else timeout)
         return not self.alive
 
     def carry_rest(self) -> None:
@@ -161,17 +168,22 @@ class EventThread:
         pause = lively_until = 0.0
         while not self._stop.wait(pause):
             lively = time.monotonic() < lively_until
+            self._entered = time.monotonic()
             try:
                 event = binding.wait(self._events, min(LIVELY_WAIT_MS, WAIT_MS) if lively else WAIT_MS)
             except DriverError as exc:
+                self._entered = None
                 if self._stop.is_set():
                     return
                 self.failing = True
+                if isinstance(exc, LibraryOutdated):
+                    self.outdated = exc
                 if self._patience.failed():
                     log.warning("waiting for events failed, will try again", extra={"reason": str(exc)})
                     self._on_geometry()
                 pause = self._patience.pause
                 continue
+            self._entered = None
             self.failing = False
             self._patience.worked()
             pause = 0.0

@@ -10,7 +10,9 @@ import ctypes
 import logging
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,39 +90,55 @@ def find(search: Path | None) -> Library:
 
 
 class Successor:
-    """Whether a library that works lies where `library` was loaded from, tried now and then."""
+    """Whether a library that works lies where `library` was loaded from. It is tried now and then, in a
+    thread, since it may hang; `on_working` is called there.
+    """
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self, library: Library, on_working: Callable[[], None]) -> None:
         self._library = library
+        self._on_working = on_working
         self._tried_at = float("-inf")
         self._told: File | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._works = self._closed = False
 
     def works(self) -> bool:
-        """A file that is gone, which it is for a while in every update, is no successor."""
+        """Whether one was found. A file that is gone, as in every update for a while, is no successor."""
         path = self._library.path
-        if path is None or self._library.file is None:
-            return False
-        file, now = _file(path), time.monotonic()
-        if file in {None, self._library.file} or now < self._tried_at + TRY_EVERY:
-            return False
-        self._tried_at = now
-        works = _works(path)
-        if not works and file != self._told:
+        if path is not None and self._library.file is not None and not self._works:
+            file, now = _file(path), time.monotonic()
+            if file not in {None, self._library.file} and now >= self._tried_at + TRY_EVERY:
+                self._tried_at = now
+                threading.Thread(target=self._try, args=(path, file), name="nvml-trial", daemon=True).start()
+        return self._works
+
+    def close(self) -> None:
+        """A trial that is under way is over."""
+        self._closed = True
+        if self._process is not None:
+            self._process.kill()
+
+    def _try(self, path: Path, file: File) -> None:
+        command = (sys.executable, "-ISc", _TRIAL, str(path))
+        quiet = subprocess.DEVNULL
+        try:
+            with subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet) as self._process:
+                try:
+                    code = self._process.wait(0.0 if self._closed else TRY_WITHIN)
+                except subprocess.TimeoutExpired:
+                    self._process.kill()
+                    code = -1
+        except OSError:
+            code = -1
+        if code == 0:
+            self._works = True
+            self._on_working()
+        elif file != self._told and not self._closed:
             self._told = file
             log.info(
                 "another NVML library lies there now and does not fit the driver, the loaded one stays",
                 extra={"path": str(path)},
             )
-        return works
-
-
-def _works(path: Path) -> bool:
-    command = (sys.executable, "-ISc", _TRIAL, str(path))
-    try:
-        tried = subprocess.run(command, capture_output=True, timeout=TRY_WITHIN, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return tried.returncode == 0
 
 
 def _linked() -> Path | None:

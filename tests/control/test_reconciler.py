@@ -23,6 +23,7 @@ class Told:
     """A driver that shows one node and tells whatever lies in `xids`."""
 
     events_work = True
+    overdue_at: float | None = None
 
     def __init__(self) -> None:
         self.xids: list[int] = []

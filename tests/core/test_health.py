@@ -573,3 +573,21 @@ def test_a_process_that_the_driver_sees_stands_against_getting_well_by_rest() ->
 def test_who_waits_to_be_left_alone_is_looked_at_now_and_then() -> None:
     run = Run(fault(SEVENTHS, 94, 9, 0))
     assert look_at(run.health, 100.0) == 100.0 + LOOK_EVERY
+
+
+def test_what_came_after_the_look_at_another_driver_had_begun_is_of_that_driver() -> None:
+    run = Run()
+    run.step(fault(SEVENTHS, 48, 9, 0), see=replace(NODE, module=1))
+    run.step(fault(ASSORTED, 79, at=20.0), at=20.0)
+    run.step(see=replace(NODE, module=2), at=20.0)
+    assert run.unfit() == everything_on(ASSORTED)
+    run.step(at=30.0)
+    assert run.unfit() == everything_on(ASSORTED)
+
+
+def test_an_instance_on_a_gpu_that_was_lost_is_well_when_that_is_back() -> None:
+    run = Run(fault(SEVENTHS, 48, 9, 0))
+    lost = Inventory(NODE.driver_version, (), (BrokenGpu(0, SEVENTHS.uuid, "lost", lost=True),))
+    run.step(see=lost, at=2.0)
+    run.step(see=NODE, at=4.0)
+    assert run.unfit() == set()

@@ -163,7 +163,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def the_driver_is_loaded_anew(self) -> None:
         """Both GPUs answer again, or do not yet; nobody is sick of anything that came before."""
-        self.module += 1
+        self.module, self.now = self.module + 1, self.now + 0.1
         for things in (self.cards, *(list(slots.values()) for slots in self.slots)):
             for thing in things:
                 thing.faults, thing.resting, thing.well_at, thing.doomed = [], None, None, False

@@ -9,7 +9,8 @@ import pytest
 from migplugin.nvml.library import SONAME
 
 _SOURCE = """
-int nvmlInitWithFlags(unsigned int flags) { return %(code)d; }
+unsigned int sleep(unsigned int seconds);
+int nvmlInitWithFlags(unsigned int flags) { %(init)s return %(code)d; }
 int nvmlShutdown(void) { return 0; }
 int nvmlDeviceGetCount_v2(unsigned int *count) { *count = 0; return 0; }
 int nvmlSystemGetDriverVersion(char *out, unsigned int length) {
@@ -24,12 +25,16 @@ int nvmlSystemGetDriverVersion(char *out, unsigned int length) {
 needs_cc = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 
 
-def compile_library(root: Path, directory: str, version: str = "580.1", code: int = 0) -> Path:
-    """Puts it into a driver root, in one move as a package manager does; nvmlInit answers `code`."""
+def compile_library(
+    root: Path, directory: str, version: str = "580.1", code: int = 0, init: str = ""
+) -> Path:
+    """Puts it into a driver root, in one move as a package manager does. Its nvmlInit runs `init` and answers
+    `code`.
+    """
     where = root / directory
     where.mkdir(parents=True, exist_ok=True)
     source, made = where / "nvml.c", where / f"{SONAME}.new"
-    source.write_text(_SOURCE % {"version": version, "code": code})
+    source.write_text(_SOURCE % {"version": version, "code": code, "init": init})
     command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{SONAME}", "-o", str(made), str(source)]
     subprocess.run(command, check=True)
     return made.replace(where / SONAME)

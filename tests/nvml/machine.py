@@ -14,6 +14,7 @@ from typing import Any
 import pynvml
 
 from migplugin.core.inventory import Gpu, Inventory, MigDevice
+from migplugin.errors import DriverTimeout
 from migplugin.nvml import binding
 from migplugin.nvml.driver import Driver
 from migplugin.nvml.snapshot import Look, Snapshots
@@ -237,6 +238,16 @@ def only_gpu(look: Look) -> Gpu:
     assert not look.inventory.broken
     (gpu,) = look.inventory.gpus
     return gpu
+
+
+async def patiently(driver: Driver) -> Inventory:
+    """A look that may need more than one deadline, on a busy machine."""
+    for _ in range(200):
+        try:
+            return await driver.look()
+        except DriverTimeout:
+            await asyncio.sleep(0.01)
+    raise AssertionError("no answer")
 
 
 async def until(claim: Callable[[], object]) -> None:

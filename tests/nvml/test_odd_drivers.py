@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from migplugin.errors import DriverTimeout, LibraryOutdated
 from migplugin.nvml import binding
 from migplugin.nvml.capabilities import Capabilities
 from migplugin.nvml.library import SONAME
-from tests.nvml.machine import SEVEN, Watched, devices, machine, watching
+from tests.nvml.machine import SEVEN, Watched, devices, machine, patiently, until, watching
 
 WAIT, INIT, REGISTER = "nvmlEventSetWait_v2", "nvmlInitWithFlags", "nvmlDeviceRegisterEvents"
 UNKNOWN = 999
@@ -162,6 +163,43 @@ def test_a_library_that_was_passed_over_for_that_of_the_linker_is_told(
         "the driver root's NVML library was passed over"
     ]
     assert str(path) in str(caplog.records[0].__dict__["reason"])
+
+
+CALLS = ("nvmlEventSetCreate", "nvmlDeviceGetSupportedEventTypes", REGISTER, WAIT)
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_a_library_that_no_longer_fits_is_told_by_any_call_of_events(call: str) -> None:
+    with machine(SEVEN) as place, place.refusing(call, 18):
+        async with watching(place) as watched:
+            with pytest.raises(LibraryOutdated):
+                await _look_until_told(watched)
+
+
+async def test_a_wait_that_does_not_come_back_is_a_driver_that_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("migplugin.nvml.events.GIVE_UP_AFTER", 0.05)
+    with machine(SEVEN) as place:
+        async with watching(place, deadline=0.3) as watched:
+            await patiently(watched.driver)
+            place.switch(hang=[WAIT])
+            await until(lambda: (watched.driver.overdue_at or time.monotonic()) < time.monotonic())
+            said: set[str] = set()
+            for _ in range(5):
+                with pytest.raises(DriverTimeout) as error:
+                    await watched.driver.look()
+                said.add(str(error.value))
+            assert any("nvmlEventSetWait" in text for text in said)
+            place.switch(hang=[])
+            assert len(devices(await patiently(watched.driver))) == 7
+            assert watched.hears()
+
+
+async def _look_until_told(watched: Watched) -> None:
+    await watched.driver.look()
+    await asyncio.wait_for(watched.geometry.wait(), 5)
+    await watched.driver.look()
 
 
 async def _follow(watched: Watched, seconds: float) -> None:

@@ -11,7 +11,7 @@ from migplugin.errors import DriverError, DriverNotReady, DriverTimeout, Library
 from migplugin.nvml import driver as edges
 from migplugin.sim.model import Node
 from migplugin.sim.records import Failure, Process
-from tests.nvml.machine import SEVEN, devices, edge, machine, until, watching
+from tests.nvml.machine import SEVEN, devices, edge, machine, patiently, until, watching
 
 INIT, SHUTDOWN, WAIT = "nvmlInitWithFlags", "nvmlShutdown", "nvmlEventSetWait_v2"
 
@@ -251,7 +251,7 @@ async def test_a_call_that_hangs_is_told_within_the_deadline_and_the_next_look_w
                 await watched.driver.look()
             assert time.monotonic() - began < 2
             place.switch(hang=[])
-            assert await _patiently(watched.driver) == before
+            assert await patiently(watched.driver) == before
 
 
 async def test_a_hang_of_the_opening_is_over_when_the_driver_answers() -> None:
@@ -260,7 +260,7 @@ async def test_a_hang_of_the_opening_is_over_when_the_driver_answers() -> None:
             with pytest.raises(DriverTimeout):
                 await watched.driver.look()
             place.switch(hang=[])
-            assert len(devices(await _patiently(watched.driver))) == 7
+            assert len(devices(await patiently(watched.driver))) == 7
             assert place.calls[INIT] == 1
 
 
@@ -273,7 +273,7 @@ async def test_closing_gives_up_in_time_however_the_driver_hangs(
     with machine(SEVEN) as place:
         watched = edge(place, deadline=0.1)
         if call != INIT:
-            await _patiently(watched.driver)
+            await patiently(watched.driver)
         place.switch(hang=[call])
         if call not in {SHUTDOWN, WAIT}:
             with pytest.raises(DriverTimeout):
@@ -510,16 +510,6 @@ async def test_closing_what_was_never_opened_is_quick() -> None:
     with machine(SEVEN) as place:
         await edge(place).driver.close()
         assert not place.calls
-
-
-async def _patiently(driver: edges.Driver) -> Any:
-    """A look that may need more than one deadline, on a busy machine."""
-    for _ in range(50):
-        try:
-            return await driver.look()
-        except DriverTimeout:
-            continue
-    raise AssertionError("no answer")
 
 
 def _alive(name: str) -> bool:
