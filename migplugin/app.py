@@ -346,16 +346,18 @@ async def clear_health(settings: Settings, ids: Sequence[str] | None) -> list[st
         raise AgentError(f"an agent runs on this node and does not answer: {reason}")
     logging.getLogger("migplugin").setLevel(logging.CRITICAL)  # what it would log is what is printed
     try:
-        with roots(settings) as where:
-            file = HealthFile(_state_dir(settings), where.proc)
-            found = file.load(time.monotonic())
-            cleared = clear(found, ids)
-            try:
-                if cleared.health != found:
-                    file.write(cleared.health)
-            except OSError as exc:
-                reason = f"{file.path}: {(exc.strerror or str(exc)).lower()}"
-                raise AgentError(f"{reason}; nobody is cleared until it can be written") from exc
+        file = HealthFile(_state_dir(settings), settings.proc_root)
+        found = file.load(time.monotonic())
+        if file.unreadable:
+            reason = f"{file.path} cannot be read: {file.unreadable}"
+            raise AgentError(f"{reason}; the next agent will take everybody for healthy")
+        cleared = clear(found, ids)
+        try:
+            if cleared.health != found:
+                file.write(cleared.health)
+        except OSError as exc:
+            reason = f"{file.path}: {(exc.strerror or str(exc)).lower()}"
+            raise AgentError(f"{reason}; nobody is cleared until it can be written") from exc
     finally:
         lock.release()
     told = _tell_cleared([(id_, sickness.cause) for id_, sickness in cleared.sick.items()], cleared.notes)

@@ -430,7 +430,7 @@ TABLE: tuple[Setting, ...] = (
         "simulate", (), "", "", str, "SPEC|DIR",
         "Run on a simulated driver instead of a real one: a new node such as `1xa100-40gb=1g.5gb*7`, or a directory "
         "that `migplugin sim init` made. For trying and testing only.",
-        commands=_ALL,
+        commands=_BOTH,
     ),
     Setting(
         "force_simulate", (), "", "false", parse_bool, "BOOL",

@@ -22,13 +22,17 @@ MAX_BYTES = 16 << 20
 
 
 class HealthFile:
-    """One file in `directory`, which is made with it. `proc_root` tells which boot it is of."""
+    """One file in `directory`, which is made with it. `proc_root` tells which boot it is of.
+
+    `unreadable` says why nothing could be loaded from it, "" where it could, or where there is none.
+    """
 
     def __init__(self, directory: Path, proc_root: Path) -> None:
         self._path = directory / NAME
         self._proc_root = proc_root
         self._saved: dict[str, Any] | None = None
         self._told = False
+        self.unreadable = ""
 
     @property
     def path(self) -> Path:
@@ -43,7 +47,8 @@ class HealthFile:
         except FileNotFoundError:
             log.info("no record of health, everything starts healthy", extra={"path": str(self._path)})
             return Health()
-        except (OSError, ValueError, AttributeError) as exc:
+        except (OSError, ValueError, AttributeError, OverflowError, RecursionError) as exc:
+            self.unreadable = str(exc)
             log.warning(
                 "the record of health cannot be read, everything starts healthy",
                 extra={"path": str(self._path), "reason": str(exc)},
@@ -62,8 +67,8 @@ class HealthFile:
             )
         return Health()
 
-    def save(self, health: Health) -> None:
-        """Raises nothing: where the file cannot be written, that is said once."""
+    def save(self, health: Health) -> bool:
+        """Whether it is saved. Raises nothing: where the file cannot be written, that is said once."""
         try:
             self.write(health)
         except OSError as exc:
@@ -73,6 +78,8 @@ class HealthFile:
                     "health cannot be recorded: a restart of the agent would take sick devices for healthy",
                     extra={"path": str(self._path), "reason": str(exc)},
                 )
+            return False
+        return True
 
     def write(self, health: Health) -> None:
         """Saved, if it was not already. Raises OSError."""

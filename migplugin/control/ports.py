@@ -40,8 +40,10 @@ class HealthRecord(Protocol):
     def load(self, now: float) -> Health:
         """The health that an agent before this one left; `now` is on `World.now`'s clock. Raises nothing."""
 
-    def save(self, health: Health) -> None:
-        """Remembers `health` beyond the end of this process; cheap where nothing changed. Raises nothing."""
+    def save(self, health: Health) -> bool:
+        """Whether `health` is remembered beyond the end of this process; cheap where nothing changed. Raises
+        nothing.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 from migplugin.aio import Cell, first_of
 from migplugin.control.ports import Driver, HealthRecord, Preparation, UsageSource
@@ -87,6 +88,7 @@ class Reconciler:
         self._record = record
         self._on_outdated = on_outdated
         self._clock = clock
+        self._recorded = True
         self._leases: dict[Key, float] = {}
         self._wake = asyncio.Event()
         self._changed_at: float | None = None
@@ -96,6 +98,8 @@ class Reconciler:
         self._prepare_at: float | None = None
         self._faults_at: float | None = None
         self._faults_soonest = clock()
+        self._news_at: float | None = None
+        self._news_soonest = clock()
         self._reading: asyncio.Future[Usage] | None = None
         self._leases_looked_for: asyncio.TimerHandle | None = None
 
@@ -122,7 +126,7 @@ class Reconciler:
         self.world = replace(self.world, options=options)
         if pace != self._pace:
             self._pace = pace
-            self._look_at = self._clock()
+            self._news_at = self._clock()
         self._wake.set()
 
     async def seen(self, within: float) -> tuple[World, Outcome]:
@@ -141,7 +145,7 @@ class Reconciler:
         return replace(self.decided, now=self._clock(), leases=leases), self.outcome
 
     def clear_health(self, ids: Collection[str] | None) -> Cleared:
-        """A person takes `ids`, or all that is sick, for well: offered again when this returns, and recorded.
+        """A person takes `ids`, or all that is sick, for well: offered again when this returns.
 
         What came before they asked is cleared too. Raises InputError as `health.clear` does.
         """
@@ -155,12 +159,15 @@ class Reconciler:
             )
         self._decide()
         self._wake.set()
-        return cleared
+        if self._recorded:
+            return cleared
+        return replace(cleared, notes=(*cleared.notes, "not recorded: a restart of the agent brings it back"))
 
     def look_soon(self) -> None:
-        """An event says that the driver has news, of another kind than geometry."""
-        self._look_at = self._clock()
-        self._wake.set()
+        """An event says that the driver has news, of another kind than geometry; in a storm, now and then."""
+        if self._news_at is None:
+            self._news_at = max(self._news_soonest, self._clock())
+            self._wake.set()
 
     def geometry_changed(self) -> None:
         """An event says that instances came or went."""
@@ -201,13 +208,20 @@ class Reconciler:
         now = self._clock()
         suspect = self._changed_at is not None
         self._judge_due_faults()
-        overdue = self._overdue_at()
-        if suspect or now >= self._look_at or (overdue is not None and now >= overdue):
-            self._changed_at = None
-            await self._look(suspect=suspect)
-        await self._prepare()
+        found: dict[str, Any] = {}
+        if suspect or any(now >= moment for moment in self._looks()):
+            self._changed_at = self._news_at = None
+            found = await self._look(suspect=suspect)
+        unready = await self._prepare(found.get("inventory", self.world.inventory))
+        # Together, for others decide while we wait: a device is never known without what it lacks.
+        self.world = replace(self.world, **found, unready=MappingProxyType(unready))
         await self._read_usage(now, within=usage_within)
         self._decide()
+
+    def _looks(self) -> list[float]:
+        """When to look at the driver: by itself, on news, and where it does not come back to us."""
+        overdue = self._driver.overdue_at if self.world.driver_failed is None else None
+        return [moment for moment in (self._look_at, self._news_at, overdue) if moment is not None]
 
     async def _read_usage(self, now: float, *, within: float | None) -> None:
         """A kubelet that does not say who holds what is waited for no longer than `within`."""
@@ -215,10 +229,13 @@ class Reconciler:
         if self._reading is None and (self._usage_wanted or _is_due(self.outcome, now)):
             self._usage_wanted = False
             self._reading = asyncio.ensure_future(self._usage.read(self._clock()))
-            await asyncio.wait((self._reading,), timeout=within)
-            self._note_usage()
-            if self._reading is not None:
-                self._reading.add_done_callback(lambda _: self._wake.set())
+            try:
+                await asyncio.wait((self._reading,), timeout=within)
+            finally:
+                # Also where who asked is gone: nobody else would take note of the answer.
+                self._note_usage()
+                if self._reading is not None:
+                    self._reading.add_done_callback(lambda _: self._wake.set())
 
     def _note_usage(self) -> None:
         if self._reading is not None and self._reading.done():
@@ -254,13 +271,15 @@ class Reconciler:
         _tell(self.outcome, outcome)
         self.world, self.decided, self.outcome = world, world, outcome
         if self._record is not None:
-            self._record.save(outcome.memory.health)
+            self._recorded = self._record.save(outcome.memory.health)
         if outcome.look_at is not None:
             self._look_at = min(self._look_at, outcome.look_at)
         self.offers.set(outcome.offers)
 
-    async def _look(self, *, suspect: bool) -> None:
+    async def _look(self, *, suspect: bool) -> dict[str, Any]:
+        """What it changes of the world."""
         before, began = self.world.inventory, self._clock()
+        self._news_soonest = began + FAULTS_AGAIN
         try:
             inventory = await self._look_and_judge(suspect=suspect)
         except DriverError as exc:
@@ -269,18 +288,15 @@ class Reconciler:
             elif self.world.driver_failed is None or str(exc) != self.world.driver_error:
                 log.warning("the driver does not answer, will try again", extra={"reason": str(exc)})
             failed = self.world.driver_failed if self.world.driver_failed is not None else began
-            self.world = replace(self.world, driver_failed=failed, driver_error=str(exc))
             self._look_at = self._clock() + self._retry
             self._retry = min(2 * self._retry, RETRY_LONGEST)
-            return
+            return {"driver_failed": failed, "driver_error": str(exc)}
         if self.world.driver_failed is not None:
             log.info("the driver answers")
-        self.world = replace(
-            self.world, inventory=inventory, looked=began, driver_failed=None, driver_error=""
-        )
         self._look_at = self._clock() + self._pace.interval(events_work=self._driver.events_work)
         self._retry = RETRY_SHORTEST
         _tell_geometry(before, inventory)
+        return {"inventory": inventory, "looked": began, "driver_failed": None, "driver_error": ""}
 
     async def _look_and_judge(self, *, suspect: bool) -> Inventory:
         """What the driver says. A driver that is slow to say it holds back no XID."""
@@ -296,28 +312,21 @@ class Reconciler:
         self._judge_faults()
         return inventory
 
-    async def _prepare(self) -> None:
+    async def _prepare(self, inventory: Inventory | None) -> dict[DeviceId, str]:
         """Before a device is offered, all that a container will need of it is there, or it is unready."""
         self._prepare_at = None
-        inventory = self.world.inventory
-        if inventory is None:
-            return
         unready: dict[DeviceId, str] = {}
-        for preparation in self._preparations:
+        for preparation in self._preparations if inventory is not None else ():
+            assert inventory is not None
             readiness = await preparation.prepare(inventory, self.world.options.edits)
             unready |= readiness.unready
             if not readiness.complete:
                 self._prepare_at = self._clock() + PREPARE_AGAIN
-        self.world = replace(self.world, unready=MappingProxyType(unready))
-
-    def _overdue_at(self) -> float | None:
-        """When to look because the driver does not come back to us; None where we know that already."""
-        return self._driver.overdue_at if self.world.driver_failed is None else None
+        return unready
 
     async def _wait(self) -> None:
         """Until there is something to do."""
-        outcome, overdue = self.outcome, self._overdue_at()
-        moments = [self._look_at] if overdue is None else [self._look_at, overdue]
+        outcome, moments = self.outcome, self._looks()
         faults_at = self._faults_at if self.world.inventory is not None else None
         moments += [moment for moment in (self._prepare_at, faults_at) if moment is not None]
         if outcome is not None:

@@ -14,6 +14,9 @@ fault, says that nothing need be done, and all on a GPU that was lost and answer
 What falls sick again within an hour of getting well stays sick until it is made anew, or a person
 acts: whom they `clear` is well, and has its chance again.
 
+Where the driver tells no such action, more uncorrected memory errors than before are a fault like a contained
+error; how many there were at the first look was another's affair.
+
 Signs are what the driver says without being told by an event, of a GPU or of one device. They need no
 memory: it is sick for as long as they are there. Only that a device's files have vanished takes two
 looks: in a container many are not shown at all (capabilities), and invisible is not vanished.
@@ -29,7 +32,7 @@ from typing import NamedTuple, TypeAlias
 
 from migplugin.core.inventory import DeviceId, Gpu, GpuUuid, Inventory, MigDevice
 from migplugin.core.resource import device_of
-from migplugin.core.xid import RECOVERY_ACTION_CHANGED, TABLE, Checks, xid
+from migplugin.core.xid import RECOVERY_ACTION_CHANGED, TABLE, UNCORRECTED_ECC, Checks, xid
 from migplugin.errors import InputError
 
 UNLISTED = 999
@@ -87,8 +90,8 @@ class Sickness:
     @property
     def cause(self) -> str:
         first, *more = self.xids
-        others = f" and XID {', '.join(map(str, more))}" if more else ""
-        return f"{xid(first)}{others}"
+        told = [str(xid(first)), *(f"XID {code}" if code >= 0 else str(xid(code)) for code in more)]
+        return " and ".join((", ".join(told[:-1]), told[-1])) if more else told[0]
 
     @property
     def reason(self) -> str:
@@ -105,6 +108,13 @@ class Sickness:
             "nobody has held it for a while" if self.is_contained else "the driver wants nothing done"
         )
         return f"until {' or '.join(ways)}"
+
+
+class Sign(NamedTuple):
+    """What the driver has against something, and since when it is seen to."""
+
+    text: str
+    since: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,18 +157,20 @@ class Health:
     `signs`, what the driver has against it.
 
     `counts` are of all XIDs that ever came, by code. `gpus` is each GPU as it last answered, for faults of
-    one that no longer does, and `lost` are those that are. `filed` are the instances whose files were seen.
+    one that no longer does, and `lost` are those that are. `filed` are the instances whose files were seen,
+    `errors` the uncorrected memory errors that the driver counted last.
     The driver is to be asked what it wants done about what came at `ask_after`. `driver` and `module` say
     which driver all this was with, "" before the first look.
     """
 
     sick: Mapping[Subject, Sickness] = field(default_factory=dict)
     recovered: Mapping[Subject, Recovery] = field(default_factory=dict)
-    signs: Mapping[Subject, str] = field(default_factory=dict)
+    signs: Mapping[Subject, Sign] = field(default_factory=dict)
     counts: Mapping[int, int] = field(default_factory=dict)
     gpus: Mapping[GpuUuid, Gpu] = field(default_factory=dict)
     lost: frozenset[GpuUuid] = frozenset()
     filed: frozenset[Instance] = frozenset()
+    errors: Mapping[Subject, int] = field(default_factory=dict)
     ask_after: float = float("-inf")
     driver: str = ""
     module: int | None = None
@@ -170,7 +182,8 @@ class Health:
     def why(self, id_: DeviceId, gpu: GpuUuid) -> str:
         """Why the device `id_` on `gpu` is unfit, or ""."""
         found = self.sickness(id_, gpu)
-        return self.signs.get(gpu) or self.signs.get(id_, "") if found is None else found.reason
+        sign = self.signs.get(gpu) or self.signs.get(id_)
+        return found.reason if found is not None else sign.text if sign is not None else ""
 
 
 def fold(
@@ -181,6 +194,9 @@ def fold(
     if inventory is None:
         return health, ()
     gpus, reloaded = _known(health, inventory), _was_reloaded(health, inventory)
+    before_now = {} if reloaded else health.errors
+    errors = dict(_errors(before_now, inventory, gpus))
+    reset = {id_ for id_, count in errors.items() if count < before_now.get(id_, 0)}
     sick: dict[Subject, Sickness] = {}
     recovered = {
         id_: recovery
@@ -197,7 +213,7 @@ def fold(
             well = "gone or made anew"
         elif not any(checks.make_sick(xid(code)) for code in sickness.xids):
             well = "no longer checked for"
-        elif well := _recovery(sickness, scene, health.lost, recovery_after):
+        elif well := _recovery(sickness, scene, health.lost, reset, recovery_after):
             recovered[id_] = Recovery(scene.now, sickness)
         else:
             sick[id_] = sickness
@@ -205,9 +221,10 @@ def fold(
         changes.append(Change(id_, before.gpu, sick=False, reason=f"{well}; was {before.reason}"))
 
     counts, ask_after = dict(health.counts), health.ask_after
-    for fault in faults:
-        code = fault.xid if fault.xid in TABLE else UNLISTED
-        counts[code] = counts.get(code, 0) + fault.count
+    for fault in (*faults, *_grown(before_now, errors, inventory, scene.now)):
+        if fault.xid != UNCORRECTED_ECC:
+            code = fault.xid if fault.xid in TABLE else UNLISTED
+            counts[code] = counts.get(code, 0) + fault.count
         if not checks.make_sick(xid(fault.xid)):
             continue
         ask_after = max(ask_after, fault.last)
@@ -219,7 +236,7 @@ def fold(
             if known is None:
                 changes.append(Change(id_, fault.gpu, sick=True, reason=sick[id_].reason))
 
-    signs = dict(_complaints(health, gpus)) if checks.signs else {}
+    signs = dict(_complaints(health, gpus, scene.now)) if checks.signs else {}
     changes += _changed_signs(health, signs, gpus)
     answering = {gpu.uuid for gpu in inventory.gpus}
     lost = {gpu.uuid for gpu in inventory.broken if gpu.lost and gpu.uuid is not None}
@@ -231,6 +248,7 @@ def fold(
         gpus,
         lost=frozenset((health.lost & gpus.keys() | lost) - answering),
         filed=frozenset(_filed(health, gpus)),
+        errors=errors,
         ask_after=ask_after,
         driver=inventory.driver_version,
         module=inventory.module,
@@ -261,10 +279,11 @@ def clear(health: Health, ids: Collection[str] | None) -> Cleared:
         for id_, sickness in sick.items()
         if sickness.gpu in left
     ]
+    gpus = {sickness.gpu for sickness in sick.values()}
     notes += [
-        f"{id_} stays unhealthy for as long as that is true: {sign}"
+        f"{id_} stays unhealthy for as long as that is true: {sign.text}"
         for id_, sign in sorted(health.signs.items())
-        if ids is None or id_ in chosen
+        if ids is None or id_ in chosen or id_ in gpus
     ]
     return Cleared(replace(health, sick=left, recovered=recovered), sick, tuple(notes))
 
@@ -279,7 +298,7 @@ def _as_sick(health: Health, text: str) -> Subject:
         raise InputError(f"{id_} is not sick by itself, its GPU is: clear {gpu}")
     for subject in (id_, gpu):
         if subject is not None and (sign := health.signs.get(subject)):
-            raise InputError(f"{id_} cannot be cleared: {sign}; that is over when it is no longer so")
+            raise InputError(f"{id_} cannot be cleared: {sign.text}; that is over when it is no longer so")
     sick = f"sick are {', '.join(sorted(health.sick))}" if health.sick else "nobody is"
     raise InputError(f"{id_[:100]!r} is not sick; {sick}")
 
@@ -384,7 +403,13 @@ def _pinning(sickness: Sickness, gpu: Gpu | None) -> frozenset[DeviceId]:
     return frozenset({whole, *(device.uuid for device in (gpu.devices if gpu is not None else ()))})
 
 
-def _recovery(sickness: Sickness, scene: Scene, lost: AbstractSet[GpuUuid], recovery_after: float) -> str:
+def _recovery(
+    sickness: Sickness,
+    scene: Scene,
+    lost: AbstractSet[GpuUuid],
+    reset: AbstractSet[Subject],
+    recovery_after: float,
+) -> str:
     """Why it is well again, or ""."""
     assert scene.inventory is not None
     gpu = next((gpu for gpu in scene.inventory.gpus if gpu.uuid == sickness.gpu), None)
@@ -392,6 +417,8 @@ def _recovery(sickness: Sickness, scene: Scene, lost: AbstractSet[GpuUuid], reco
         return ""
     if gpu.uuid in lost:
         return "its GPU was lost and is back"
+    if (gpu.uuid if sickness.device is None else sickness.device.uuid) in reset:
+        return "its memory errors are counted anew"
     if sickness.is_contained:
         since = sickness.idle_since
         rested = recovery_after and since is not None and scene.now >= since + recovery_after
@@ -430,18 +457,46 @@ def _worse(before: Sickness | None, fault: Fault, device: Instance | None, *, st
     return replace(before, xids=xids, last=max(before.last, fault.last), idle_since=None)
 
 
-def _complaints(health: Health, gpus: Mapping[GpuUuid, Gpu]) -> Iterable[tuple[Subject, str]]:
+def _counted(gpu: Gpu) -> Iterable[tuple[Subject, int | None, int | None, int | None]]:
+    """Of which instance of `gpu`, or of itself, the driver counts how many uncorrected memory errors."""
+    yield gpu.uuid, None, None, gpu.signs.uncorrected
+    for device in gpu.devices:
+        yield device.uuid, device.gi, device.ci, device.uncorrected
+
+
+def _errors(
+    before: Mapping[Subject, int], inventory: Inventory, gpus: Mapping[GpuUuid, Gpu]
+) -> Iterable[tuple[Subject, int]]:
+    """What is counted now, and of GPUs that do not answer what was."""
+    answering = {gpu.uuid for gpu in inventory.gpus}
+    for uuid, gpu in gpus.items():
+        for id_, _, _, told in _counted(gpu):
+            count = told if uuid in answering else before.get(id_)
+            if count is not None:
+                yield id_, count
+
+
+def _grown(
+    before: Mapping[Subject, int], errors: Mapping[Subject, int], inventory: Inventory, now: float
+) -> Iterable[Fault]:
+    for gpu in inventory.gpus:
+        for id_, gi, ci, _ in _counted(gpu) if gpu.signs.action is None else ():
+            more = errors.get(id_, 0) - before.get(id_, errors.get(id_, 0))
+            if more > 0:
+                yield Fault(gpu.uuid, gi, ci, UNCORRECTED_ECC, more, now, now)
+
+
+def _complaints(health: Health, gpus: Mapping[GpuUuid, Gpu], now: float) -> Iterable[tuple[Subject, Sign]]:
+    found: dict[Subject, str] = {}
     for gpu in gpus.values():
         if gpu.signs.complaint:
-            yield gpu.uuid, gpu.signs.complaint
+            found[gpu.uuid] = gpu.signs.complaint
         for device in gpu.devices:
             if device.files is False and _instance(device) in health.filed:
-                yield device.uuid, "its capability files are gone: no container could open it"
-            elif device.uncorrected and gpu.signs.action is None:
-                yield (
-                    device.uuid,
-                    f"{device.uncorrected} uncorrected memory errors (ECC): reset its GPU or make it anew",
-                )
+                found[device.uuid] = "its capability files are gone: no container could open it"
+    for id_, text in found.items():
+        known = health.signs.get(id_)
+        yield id_, Sign(text, now if known is None else known.since)
 
 
 def _filed(health: Health, gpus: Mapping[GpuUuid, Gpu]) -> Iterable[Instance]:
@@ -452,14 +507,16 @@ def _filed(health: Health, gpus: Mapping[GpuUuid, Gpu]) -> Iterable[Instance]:
 
 
 def _changed_signs(
-    health: Health, after: Mapping[Subject, str], gpus: Mapping[GpuUuid, Gpu]
+    health: Health, after: Mapping[Subject, Sign], gpus: Mapping[GpuUuid, Gpu]
 ) -> Iterable[Change]:
     before = health.signs
     owners = {
         device.uuid: gpu.uuid for gpu in (*health.gpus.values(), *gpus.values()) for device in gpu.devices
     }
     for id_ in sorted(before.keys() | after.keys()):
-        if before.get(id_) != after.get(id_):
-            sick = id_ in after
-            reason = after[id_] if sick else f"no longer said: {before[id_]}"
-            yield Change(id_, owners.get(DeviceId(id_), GpuUuid(id_)), sick=sick, reason=reason)
+        old, new = before.get(id_), after.get(id_)
+        gpu = owners.get(DeviceId(id_), GpuUuid(id_))
+        if new is not None and (old is None or old.text != new.text):
+            yield Change(id_, gpu, sick=True, reason=new.text)
+        elif old is not None and new is None:
+            yield Change(id_, gpu, sick=False, reason=f"no longer said: {old.text}")

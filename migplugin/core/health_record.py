@@ -19,6 +19,7 @@ def record(health: Health) -> dict[str, Any]:
         "version": VERSION,
         "driver": health.driver,
         "module": health.module,
+        "errors": {id_: count for id_, count in health.errors.items() if count},
         "sick": [_sickness(sickness) for sickness in health.sick.values()],
         "recovered": [{"at": r.at, **_sickness(r.sickness)} for r in health.recovered.values()],
     }
@@ -33,13 +34,17 @@ def restore(document: object, now: float) -> Health:
         recovered = [
             Recovery(min(float(entry["at"]), now), _restored(entry, now)) for entry in document["recovered"]
         ]
-        driver, module = str(document["driver"]), document["module"]
+        driver, module = str(document.get("driver", "")), document.get("module")
         module = None if module is None else int(module)
+        errors: dict[Subject, int] = {
+            DeviceId(str(id_)): int(count) for id_, count in document.get("errors", {}).items()
+        }
     except (KeyError, TypeError, AttributeError) as exc:
         raise ValueError(f"not a record of health: {type(exc).__name__} {exc}") from exc
     return Health(
         {_subject(s): s for s in sick},
         {_subject(r.sickness): r for r in recovered},
+        errors=errors,
         driver=driver,
         module=module,
     )

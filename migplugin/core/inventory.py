@@ -73,7 +73,7 @@ class Signs:
 
     `action` is what it wants done: 0 nothing, else a number of `ACTIONS` or a newer one. `uncorrected` counts
     the memory errors (ECC) since the driver was loaded or the GPU reset. An `action`, also none, outranks
-    what is only counted or pending.
+    what is only pending.
     """
 
     action: int | None = None
@@ -90,8 +90,6 @@ class Signs:
             return "remapping a memory row failed: this GPU needs its vendor"
         if self.remap_pending and self.action is None:
             return "a memory row waits to be remapped: reset this GPU"
-        if self.uncorrected and self.action is None:
-            return f"{self.uncorrected} uncorrected memory errors (ECC): reset this GPU"
         return ""
 
 

@@ -129,7 +129,7 @@ class SickStatus:
     profile: str | None
     reason: str
     until: str
-    sick_for: float | None
+    sick_for: float
     clearable: bool
 
 
@@ -319,7 +319,8 @@ class _View:
         profile = {d.uuid: (gpu.uuid, d.profile) for gpu in health.gpus.values() for d in gpu.devices}
         for id_, sign in health.signs.items():
             gpu, of = profile.get(DeviceId(id_), (id_, None))
-            found.append(SickStatus(id_, index.get(gpu), of, sign, UNTIL_UNSAID, None, clearable=False))
+            since = max(self.world.now - sign.since, 0.0)
+            found.append(SickStatus(id_, index.get(gpu), of, sign.text, UNTIL_UNSAID, since, clearable=False))
         return tuple(sorted(found, key=lambda s: (s.gpu_index is None, s.gpu_index, s.id, s.clearable)))
 
     def resource(self, name: ResourceName) -> ResourceStatus:
@@ -424,8 +425,10 @@ class _View:
         found = health.sickness(id_, gpu)
         if found is not None and found.reason == entry.sick:
             return found.cause, found.until, max(self.world.now - found.since, 0.0)
-        said = UNTIL_UNSAID if found is None and health.why(id_, gpu) == entry.sick else None
-        return entry.sick, said, self._unhealthy_for(entry)
+        sign = health.signs.get(gpu) or health.signs.get(id_)
+        if sign is not None and sign.text == entry.sick:
+            return sign.text, UNTIL_UNSAID, max(self.world.now - sign.since, 0.0)
+        return entry.sick, None, self._unhealthy_for(entry)
 
     def _unhealthy_for(self, entry: Entry) -> float | None:
         if self.agent is None or not entry.sick or entry.sick_since is None:

@@ -21,6 +21,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 RECOVERY_ACTION_CHANGED = 154
+UNCORRECTED_ECC = -1  # no XID: the driver counts more uncorrected memory errors than before
 _LEAVE_HEALTHY = frozenset({"RESTART_APP", "IGNORE", "WORKFLOW_XID_45"})
 _CONTAINED = "contained"
 _WHOLE_GPU = frozenset({"gpu", "link"})
@@ -62,12 +63,16 @@ class Xid:
         return self.makes_sick == (self.code in IGNORED_BY_NVIDIA)
 
     def __str__(self) -> str:
+        if self.code == UNCORRECTED_ECC:
+            return "uncorrected memory errors (ECC)"
         told = " ".join(filter(None, (self.mnemonic, self.action and f"({self.action})")))
         return f"XID {self.code} {told or '(not in the table)'}"
 
 
 def xid(code: int) -> Xid:
-    """What is known of `code`."""
+    """What is known of `code`. Memory errors that are only counted did their harm where they were counted."""
+    if code == UNCORRECTED_ECC:
+        return Xid(code, scope="instance", kind=_CONTAINED)
     return TABLE.get(code) or Xid(code)
 
 
@@ -84,6 +89,8 @@ class Checks:
     signs: bool = True
 
     def make_sick(self, found: Xid) -> bool:
+        if found.code == UNCORRECTED_ECC:
+            return self.signs
         if self.enabled is None or found.code in self.enabled:
             return True
         return self.disabled is not None and found.code not in self.disabled and found.makes_sick

@@ -9,7 +9,6 @@ container the NVIDIA runtime may cover them with a tmpfs that shows no instances
 existed when it started; so what is not there is only not seen. The table says nothing about existence.
 """
 
-import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -53,11 +52,14 @@ class Capabilities:
             return None
         for gi in instances:
             if match := _GI.fullmatch(gi.name):
-                # An instance may go away while we look, and takes none of the others with it.
-                with contextlib.suppress(OSError):
+                try:
                     for ci in gi.iterdir():
                         if (inner := _CI.fullmatch(ci.name)) and (ci / "access").exists():
                             found.add((int(match[1]), int(inner[1])))
+                except (FileNotFoundError, NotADirectoryError):
+                    continue  # it went away while we looked, and takes none of the others with it
+                except OSError:
+                    return None
         return frozenset(found)
 
     def node(self, gpu_minor: int, gi: int, ci: int | None = None) -> Capability:

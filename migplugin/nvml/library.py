@@ -99,6 +99,7 @@ class Successor:
         self._on_working = on_working
         self._tried_at = float("-inf")
         self._told: File | None = None
+        self._trial: threading.Thread | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._works = self._closed = False
 
@@ -107,9 +108,14 @@ class Successor:
         path = self._library.path
         if path is not None and self._library.file is not None and not self._works:
             file, now = _file(path), time.monotonic()
-            if file not in {None, self._library.file} and now >= self._tried_at + TRY_EVERY:
+            # One that cannot even be killed is waited for: there is never a second beside it.
+            busy = self._trial is not None and self._trial.is_alive()
+            if file not in {None, self._library.file} and now >= self._tried_at + TRY_EVERY and not busy:
                 self._tried_at = now
-                threading.Thread(target=self._try, args=(path, file), name="nvml-trial", daemon=True).start()
+                self._trial = threading.Thread(
+                    target=self._try, args=(path, file), name="nvml-trial", daemon=True
+                )
+                self._trial.start()
         return self._works
 
     def close(self) -> None:

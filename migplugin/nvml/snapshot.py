@@ -24,7 +24,6 @@ from migplugin.core.inventory import (
     Inventory,
     MigDevice,
     Placement,
-    Signs,
 )
 from migplugin.errors import DriverError, LibraryOutdated
 from migplugin.nvml import binding, machine
@@ -32,6 +31,7 @@ from migplugin.nvml.binding import Attributes, GiInfo, GiProfileInfo, Handle
 from migplugin.nvml.capabilities import Capabilities, control_nodes, loaded_module, numa_node
 from migplugin.nvml.codes import ABSENT, GONE, LOST, Code
 from migplugin.nvml.links import Links
+from migplugin.nvml.signs import Fitness
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +102,8 @@ class Snapshots:
         self._fixed: dict[tuple[GpuUuid, bool | None], _Fixed] = {}
         self._uuids: dict[int, GpuUuid] = {}
         self._links = Links()
+        self._fitness = Fitness()
+        self._driver: tuple[str, int | None] | None = None
         self._running: set[str] = set()
         self.processes_of: AbstractSet[str] = frozenset()
 
@@ -113,7 +115,10 @@ class Snapshots:
 
     def take(self) -> Look:
         """Raises DriverError where the driver as a whole does not answer."""
-        version = binding.driver_version()
+        version, module = binding.driver_version(), loaded_module(self._sysfs_root)
+        if self._driver != (version, module):
+            self._driver = version, module
+            self._fitness.forget()
         self._running.clear()
         gpus: list[Gpu] = []
         handles: list[Handle] = []
@@ -159,7 +164,7 @@ class Snapshots:
             ),
             links=self._links.between(list(zip(gpus, handles, strict=True))),
             running=frozenset(self._running),
-            module=loaded_module(self._sysfs_root),
+            module=module,
         )
         return Look(inventory, frozenset(disagreements), hidden)
 
@@ -211,7 +216,7 @@ class Snapshots:
                 for gi, info in sorted(reading.instances.items())
             ),
             devices=tuple(sorted(found, key=lambda device: (device.gi, device.ci))),
-            signs=_signs(handle, mig=bool(enabled)),
+            signs=self._fitness.of_gpu(handle, uuid, mig=bool(enabled)),
         )
         return gpu, reading
 
@@ -279,7 +284,7 @@ class Snapshots:
             ci_minor=of_ci.minor,
             gi_mode=of_gi.mode,
             ci_mode=of_ci.mode,
-            uncorrected=binding.uncorrected_errors_of_instance(device),
+            uncorrected=self._fitness.errors_of(device, uuid),
         )
 
     @staticmethod
@@ -330,18 +335,6 @@ def _with_files(gpu: Gpu, seen: AbstractSet[tuple[int, int]] | None) -> Gpu:
         return gpu
     devices = (replace(device, files=(device.gi, device.ci) in seen) for device in gpu.devices)
     return replace(gpu, devices=tuple(devices))
-
-
-def _signs(handle: Handle, *, mig: bool) -> Signs:
-    told = binding.fields(handle, binding.RECOVERY_ACTION, binding.REMAP_PENDING, binding.REMAP_FAILED)
-    pending, failed = told.get(binding.REMAP_PENDING), told.get(binding.REMAP_FAILED)
-    return Signs(
-        action=told.get(binding.RECOVERY_ACTION),
-        remap_pending=None if pending is None else bool(pending),
-        remap_failed=None if failed is None else bool(failed),
-        # With MIG on, the driver counts them for each instance and refuses the sum (nvml.h).
-        uncorrected=None if mig else binding.uncorrected_errors(handle),
-    )
 
 
 def _read_fixed(handle: Handle, sysfs_root: Path, *, capable: bool) -> _Fixed:

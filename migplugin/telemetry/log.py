@@ -10,12 +10,13 @@ disk under the container's log), and no allocation must wait for that.
 import datetime as dt
 import json
 import logging
+import os
 import queue
-import sys
 import threading
 
 log = logging.getLogger(__name__)
 
+STDERR = 2
 MOST_WAITING = 10_000
 END_WITHIN = 1.0
 
@@ -24,7 +25,7 @@ _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime
 
 def configure(level: str, form: str) -> None:
     """Sends everything from `level` up to stderr, as "text" or "json"."""
-    handler = Writer()
+    handler = Writer(STDERR)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # Others speak of their own plumbing below WARNING.
@@ -35,10 +36,13 @@ def configure(level: str, form: str) -> None:
 
 
 class Writer(logging.Handler):
-    """Writes to stderr in its thread. What comes while `MOST_WAITING` lines wait is lost, and counted."""
+    """Writes to a file descriptor in its thread. What comes while `MOST_WAITING` lines wait, or cannot be
+    written, is lost and counted.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, descriptor: int) -> None:
         super().__init__()
+        self._descriptor = descriptor
         self._records: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
         self._lost = 0
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
@@ -51,21 +55,30 @@ class Writer(logging.Handler):
             self._lost += 1
 
     def close(self) -> None:
-        """Returns when all is written, or after a second: nobody may be reading."""
+        """Returns when all is written, or after a second: if nobody reads, the rest is lost."""
         self._records.put(None)
         self._thread.join(END_WITHIN)
         super().close()
 
     def _run(self) -> None:
         while (record := self._records.get()) is not None:
-            try:
-                sys.stderr.write(f"{self.format(record)}\n")
-                sys.stderr.flush()
-            except Exception:  # noqa: BLE001  as every handler of the standard library
-                self.handleError(record)
+            self._write(record)
             if self._lost and self._records.empty():
                 lost, self._lost = self._lost, 0
                 log.warning("log lines were lost, nobody read them", extra={"lost": lost})
+
+    def _write(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+        except Exception as exc:  # noqa: BLE001  a line that cannot be put into words is no reason to fall silent
+            line = f"a log line cannot be written: {record.msg!r}: {exc!r}"
+        rest = line.encode(errors="backslashreplace") + b"\n"
+        try:
+            # Not by sys.stderr: who is stuck in its buffer when the process ends holds back that end.
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError:
+            self._lost += 1
 
 
 def _is_no_farewell(record: logging.LogRecord) -> bool:

@@ -145,7 +145,7 @@ async def test_without_an_agent_the_record_is_edited_and_said_so(machine: Start)
     assert code == 0
     assert "seen without the agent" in out
     assert sick in out
-    code, out, _ = await node.command("health", "clear", "--all", f"--simulate={node.state}")
+    code, out, _ = await node.command("health", "clear", "--all")
     assert code == 0
     told, where = out.splitlines()
     assert told.startswith(f"{sick} is taken for well")

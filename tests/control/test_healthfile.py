@@ -83,6 +83,9 @@ def broken() -> list[str]:
         '{"health": {"version": 2}}',
         *(json.dumps({"health": {**whole, key: 3.5}}) for key in ("version", "sick", "recovered")),
         json.dumps({"health": {**whole, "module": "x"}}),
+        json.dumps({"health": {**whole, "errors": [1]}}),
+        json.dumps({"health": whole}).replace("null", "1e999"),
+        "[" * 100_000,
         *(json.dumps({"health": {**whole, "sick": [{**good, **wrong}]}}) for wrong in WRONG),
     ]
 

@@ -241,8 +241,9 @@ class Record:
     def load(self, now: float) -> Health:
         return Health()
 
-    def save(self, health: Health) -> None:
+    def save(self, health: Health) -> bool:
         self.saved.append(health)
+        return True
 
 
 async def test_what_is_cleared_is_recorded_at_once() -> None:

@@ -19,6 +19,7 @@ from migplugin.core.health import (
     suspects,
     wake_at,
 )
+from migplugin.core.health_record import record, restore
 from migplugin.core.inventory import BrokenGpu, DeviceId, Gpu, GpuUuid, Inventory, Signs
 from migplugin.core.xid import Checks
 from migplugin.errors import InputError
@@ -434,14 +435,21 @@ def test_whom_nobody_can_clear_is_one_line_and_nothing_changes(ids: list[str], m
 
 
 def test_a_sign_of_one_device_cannot_be_cleared_either() -> None:
-    devices = tuple(replace(d, uncorrected=2) if d.gi == 9 else d for d in SEVENTHS.devices)
     run = Run(fault(SEVENTHS, 94, 9, 0))
-    run.step(see=inventory(replace(SEVENTHS, devices=devices)))
+    run.step(see=with_files(SEVENTHS, {}))
+    run.step(see=with_files(SEVENTHS, {9: False}))
     cleared = clear(run.health, [uuid(0, 9)])
     (note,) = cleared.notes
-    assert note.startswith(f"{uuid(0, 9)} stays unhealthy for as long as that is true: 2 uncorrected")
-    with pytest.raises(InputError, match="cannot be cleared: 2 uncorrected"):
+    assert note.startswith(f"{uuid(0, 9)} stays unhealthy for as long as that is true: its capability files")
+    with pytest.raises(InputError, match="cannot be cleared: its capability files"):
         clear(cleared.health, [uuid(0, 9)])
+
+
+def test_what_the_driver_has_against_the_gpu_of_a_cleared_device_is_noted() -> None:
+    run = Run(fault(SEVENTHS, 94, 9, 0))
+    run.step(see=inventory(replace(SEVENTHS, signs=Signs(1))))
+    (note,) = clear(run.health, [uuid(0, 9)]).notes
+    assert note.startswith(f"{SEVENTHS.uuid} stays unhealthy for as long as that is true: the driver wants")
 
 
 def test_nobody_is_sick_is_said_where_nobody_is() -> None:
@@ -535,26 +543,54 @@ def uncorrected(
     return inventory(replace(of, devices=devices, signs=Signs(action=action, uncorrected=whole)))
 
 
-def test_uncorrected_memory_errors_are_a_sign_of_their_instance_or_gpu() -> None:
+def test_memory_errors_that_grow_are_a_contained_fault_of_their_instance_or_gpu() -> None:
     run = Run()
     run.step(see=uncorrected(SEVENTHS, {9: 2}))
+    assert run.unfit() == set(), "what was counted before we came is not held against anybody"
+    run.step(see=uncorrected(SEVENTHS, {9: 3}), at=10.0)
     assert run.unfit() == {uuid(0, 9)}
-    run.step(see=uncorrected(SEVENTHS, {}))
-    assert run.unfit() == set()
-    run.step(see=uncorrected(WHOLE, {}, whole=1))
+    assert run.health.why(DeviceId(uuid(0, 9)), SEVENTHS.uuid).startswith(
+        "uncorrected memory errors (ECC), until"
+    )
+    run.step(at=20.0)
+    run.step(at=320.0)
+    assert run.unfit() == set(), "left alone for long enough"
+    assert run.health.counts == {}, "they are no XIDs"
+    run.step(see=uncorrected(WHOLE, {}, whole=1), at=330.0)
+    run.step(see=uncorrected(WHOLE, {}, whole=2), at=331.0)
     assert run.unfit() == {WHOLE.uuid}
-    assert "1 uncorrected memory errors" in run.health.why(DeviceId(WHOLE.uuid), WHOLE.uuid)
+    run.step(see=uncorrected(WHOLE, {}, whole=0), at=332.0)
+    assert run.unfit() == set(), "counted anew: it was reset"
+
+
+def test_memory_errors_are_told_beside_other_faults() -> None:
+    run = Run()
+    run.step(see=uncorrected(SEVENTHS, {}))
+    run.step(fault(SEVENTHS, 48, 9, 0), see=uncorrected(SEVENTHS, {9: 1}))
+    run.step(fault(SEVENTHS, 95, 9, 0))
+    cause = run.health.sick[DeviceId(uuid(0, 9))].cause
+    assert cause.endswith(" and uncorrected memory errors (ECC)")
+
+
+def test_a_restart_forgets_no_memory_errors() -> None:
+    run = Run()
+    run.step(see=uncorrected(SEVENTHS, {9: 1}))
+    run.health = restore(record(run.health), 0.0)
+    run.step(see=uncorrected(SEVENTHS, {9: 2}))
+    assert run.unfit() == {uuid(0, 9)}
 
 
 def test_where_the_driver_tells_an_action_it_outranks_its_counters() -> None:
     run = Run()
     run.step(see=uncorrected(SEVENTHS, {9: 2}, whole=2, action=0))
+    run.step(see=uncorrected(SEVENTHS, {9: 3}, whole=3, action=0))
     assert run.unfit() == set()
 
 
 def test_no_sign_counts_where_all_checks_are_off() -> None:
     run = Run(checks=Checks(None, signs=False))
     run.step(see=uncorrected(SEVENTHS, {9: 2}))
+    run.step(see=uncorrected(SEVENTHS, {9: 3}))
     assert run.unfit() == set()
 
 

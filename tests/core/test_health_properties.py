@@ -16,6 +16,7 @@ from tests.core.examples import gpu
 AFTER = 300.0
 # By hand, so that the table is not its own witness: code -> whom it concerns; nobody for the first three.
 NOBODY, OWN, GPU = "nobody", "own", "gpu"
+ECC = -1
 CODES = {
     31: NOBODY,
     45: NOBODY,
@@ -52,7 +53,7 @@ class Thing:
         if not self.faults or self.doomed:
             return
         last = self.faults[-1][1]
-        if {code for code, _ in self.faults} == {94}:
+        if {code for code, _ in self.faults} <= {94, ECC}:
             if held or action or now <= last:
                 self.resting = None
                 return
@@ -153,12 +154,21 @@ class Machine(RuleBasedStateMachine):
         self.held ^= {(card.uuid, *(d.uuid for d in card.devices))[which]}
         self.look()
 
-    @rule(n=st.integers(0, 1), slot=st.sampled_from(SLOTS), errors=st.sampled_from([0, 1]))
-    def files_vanish_or_memory_fails(self, n: int, slot: tuple[int, int], errors: int) -> None:
+    @rule(n=st.integers(0, 1), slot=st.sampled_from(SLOTS))
+    def files_vanish_or_come_back(self, n: int, slot: tuple[int, int]) -> None:
         thing = self.slots[n].get(slot)
         if thing is not None and not self.silent[n]:
-            thing.files, thing.errors = not thing.files, errors
+            thing.files = not thing.files
             self.look()
+
+    @rule(n=st.integers(0, 1), slot=st.sampled_from(SLOTS))
+    def memory_fails(self, n: int, slot: tuple[int, int]) -> None:
+        thing = self.slots[n].get(slot)
+        if thing is not None and not self.silent[n]:
+            thing.errors += 1
+            self.look()
+            if self.actions[n] is None:
+                thing.hit(ECC, self.now)
 
     @rule()
     def the_driver_is_loaded_anew(self) -> None:
@@ -194,8 +204,7 @@ class Machine(RuleBasedStateMachine):
             assert bool(self.health.why(DeviceId(card.uuid), card.uuid)) == whole
             for device in card.devices:
                 thing = self.slots[n][device.gi, device.ci]
-                counted = thing.errors > 0 and self.actions[n] is None
-                sick = whole or bool(thing.faults) or not thing.files or counted
+                sick = whole or bool(thing.faults) or not thing.files
                 assert bool(self.health.why(device.uuid, card.uuid)) == sick, (device.gi, device.ci)
 
     @invariant()

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from migplugin.core.decide import Memory, Options, Source, Usage, World, decide
-from migplugin.core.health import Fault
-from migplugin.core.inventory import BrokenGpu, Gpu, GpuUuid, Inventory, Placement, Signs
+from migplugin.core.health import Fault, Health, Instance
+from migplugin.core.inventory import BrokenGpu, DeviceId, Gpu, GpuUuid, Inventory, Placement, Signs
 from migplugin.core.resource import ResourceName, Strategy
 from migplugin.core.status import SCHEMA, UNTIL_UNSAID, AgentFacts, DeviceStatus, Status, fits, status
 from tests.core.examples import A30_24GB, ASSORTED, RTX_PRO, SEVENTHS, gpu, inventory, key, usage, uuid
@@ -112,25 +112,30 @@ def test_only_an_agent_knows_leases_refusals_registrations_and_since_when() -> N
 def test_who_is_sick_is_told_with_why_since_when_and_until_what() -> None:
     wishing = replace(gpu(2, (9, "1g.5gb", 0, 1)), signs=Signs(1))
     failing = gpu(3, (9, "1g.5gb", 0, 1))
-    failing = replace(failing, devices=(replace(failing.devices[0], uncorrected=1),))
+    failing = replace(failing, devices=(replace(failing.devices[0], files=False),))
+    filed = Memory(health=Health(filed=frozenset({Instance(DeviceId(uuid(3, 9)), 9, 0, "1g.5gb")})))
     came = (Fault(SEVENTHS.uuid, 9, 0, 94, 1, 1.0, 1.0), Fault(ASSORTED.uuid, None, None, 79, 1, 5.0, 5.0))
-    world = World(31.0, inventory(SEVENTHS, ASSORTED, wishing, failing), usage=usage(), faults=came)
+    world = World(
+        31.0, inventory(SEVENTHS, ASSORTED, wishing, failing), usage=usage(), faults=came, memory=filed
+    )
+    world = replace(world, now=41.0, faults=(), memory=decide(world).memory)
     document = status(world, decide(world))
     found = devices(document)
     nine = found[uuid(0, 9)]
     assert nine.reason == "XID 94 ROBUST_CHANNEL_CONTAINED_ERROR (RESTART_APP)"
     assert (nine.until, nine.unhealthy_for) == (
         "until it is made anew or nobody has held it for a while",
-        30.0,
+        40.0,
     )
     assert (found[uuid(1, 2)].until or "").startswith("until its GPU is reset")
     assert found[uuid(2, 9)].until == found[uuid(3, 9)].until == UNTIL_UNSAID
+    assert found[uuid(2, 9)].unhealthy_for == found[uuid(3, 9)].unhealthy_for == 10.0
     assert (found[uuid(0, 8)].health, found[uuid(0, 8)].until) == ("healthy", None)
     assert [(s.id, s.gpu_index, s.profile, s.sick_for, s.clearable) for s in document.sick] == [
-        (uuid(0, 9), 0, "1g.5gb", 30.0, True),
-        (ASSORTED.uuid, 1, None, 26.0, True),
-        (wishing.uuid, 2, None, None, False),
-        (uuid(3, 9), 3, "1g.5gb", None, False),
+        (uuid(0, 9), 0, "1g.5gb", 40.0, True),
+        (ASSORTED.uuid, 1, None, 36.0, True),
+        (wishing.uuid, 2, None, 10.0, False),
+        (uuid(3, 9), 3, "1g.5gb", 10.0, False),
     ]
 
 

@@ -1,6 +1,7 @@
 """Drivers that behave in ways for which the simulator has no switch, and a library that is passed over."""
 
 import asyncio
+import contextlib
 import ctypes
 import logging
 import time
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from migplugin.errors import DriverTimeout, LibraryOutdated
+from migplugin.core.inventory import Signs
+from migplugin.errors import DriverError, DriverTimeout, LibraryOutdated
 from migplugin.nvml import binding
 from migplugin.nvml.capabilities import Capabilities
 from migplugin.nvml.library import SONAME
@@ -163,6 +165,47 @@ def test_a_library_that_was_passed_over_for_that_of_the_linker_is_told(
         "the driver root's NVML library was passed over"
     ]
     assert str(path) in str(caplog.records[0].__dict__["reason"])
+
+
+def test_files_that_cannot_be_read_for_want_of_descriptors_are_not_taken_for_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with machine(SEVEN) as place:
+        read = Path.iterdir
+
+        def fail(path: Path) -> object:
+            if path.name == "gi7":
+                raise OSError(24, "Too many open files", str(path))
+            return read(path)
+
+        monkeypatch.setattr(Path, "iterdir", fail)
+        assert Capabilities(place.simulation.proc_root).seen(0) is None
+
+
+async def test_what_the_driver_once_fails_to_tell_is_as_it_told_it_last() -> None:
+    with machine("1xa100-40gb=1g.5gb*2,1xa100-40gb") as place:
+        place.change(lambda node: node.gpus[0].record.fields.update({230: 1}))
+        place.change(lambda node: node.gpus[1].ecc(2))
+        async with watching(place) as watched:
+            told = [gpu.signs for gpu in (await watched.driver.look()).gpus]
+            assert [(s.action, s.uncorrected) for s in told] == [(1, None), (None, 2)]
+            calls = (
+                "nvmlDeviceGetFieldValues",
+                "nvmlDeviceGetTotalEccErrors",
+                "nvmlDeviceGetMemoryErrorCounter",
+            )
+            for code in (3, UNKNOWN):
+                with contextlib.ExitStack() as stack:
+                    for call in calls:
+                        stack.enter_context(place.refusing(call, code))
+                    assert [gpu.signs for gpu in (await watched.driver.look()).gpus] == told
+            place.switch(driver_version="595.10")
+            with contextlib.ExitStack() as stack:
+                for call in calls:
+                    stack.enter_context(place.refusing(call, 3))
+                with pytest.raises(DriverError):
+                    await watched.driver.look()
+                assert {gpu.signs for gpu in (await watched.driver.look()).gpus} == {Signs()}
 
 
 CALLS = ("nvmlEventSetCreate", "nvmlDeviceGetSupportedEventTypes", REGISTER, WAIT)

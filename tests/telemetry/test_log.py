@@ -2,8 +2,12 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from migplugin.telemetry.log import MOST_WAITING, JsonFormatter, TextFormatter
 
@@ -87,13 +91,35 @@ def test_a_reader_that_stops_reading_keeps_nobody_waiting() -> None:
     assert process.returncode == 0
 
 
-def test_a_reader_that_never_reads_holds_back_no_end() -> None:
+@pytest.mark.parametrize("buffered", [False, True])
+def test_a_reader_that_never_reads_holds_back_no_end_and_no_exit_code(*, buffered: bool) -> None:
     code = (
-        "import logging; from migplugin.telemetry.log import configure; configure('info', 'text')\n"
+        "import logging, sys; from migplugin.telemetry.log import configure; configure('info', 'text')\n"
         "for n in range(9000): logging.getLogger('m').info('line', extra={'text': 'x' * 100})\n"
+        "sys.exit(4)"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as process:
-        assert process.wait(10) == 0
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, env=environment(buffered=buffered)
+    ) as process:
+        assert process.wait(10) == 4
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+def test_a_full_disk_under_the_log_changes_no_exit_code(*, buffered: bool) -> None:
+    code = (
+        "import logging, sys; from migplugin.telemetry.log import configure; configure('info', 'text')\n"
+        "logging.getLogger('m').info('line'); sys.exit(4)"
+    )
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stderr=full, env=environment(buffered=buffered), check=False
+        )
+    assert done.returncode == 4
+
+
+def environment(*, buffered: bool) -> dict[str, str]:
+    left = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return left if buffered else {**left, "PYTHONUNBUFFERED": "1"}
 
 
 def test_what_was_said_last_is_written_before_the_end() -> None:
