@@ -1,5 +1,6 @@
 """How a command asks the running agent."""
 
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -40,9 +41,7 @@ async def clear_health(path: Path, ids: Sequence[str] | None) -> tuple[list[tupl
 
 @asynccontextmanager
 async def _asking(path: Path) -> AsyncIterator["agent_pb2_grpc.AgentAsyncStub"]:
-    # Said here, since gRPC says the same of everything.
-    if reason := explain(path, "the agent"):
-        raise AgentError(reason)
+    _check(path)
     options = (
         ("grpc.default_authority", "localhost"),
         ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
@@ -58,3 +57,12 @@ async def _asking(path: Path) -> AsyncIterator["agent_pb2_grpc.AgentAsyncStub"]:
             if exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise AgentError(f"{path}: no answer within {WITHIN:g} s") from exc
             raise AgentError(f"{path}: {exc.details() or exc.code().name}") from exc
+
+
+def _check(path: Path) -> None:
+    """Raises AgentError where no agent of ours is at `path`: gRPC says the same of everything."""
+    if reason := explain(path, "the agent"):
+        raise AgentError(reason)
+    owner = path.stat().st_uid
+    if owner not in {0, os.geteuid()}:
+        raise AgentError(f"{path}: belongs to uid {owner}, and so it is not the agent's")

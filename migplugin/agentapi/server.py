@@ -135,21 +135,26 @@ class ControlSocket:
 
 
 def prepare(path: Path) -> None:
-    """A socket of ours can be put at `path`: in a directory that only we can enter, and nobody answers there.
+    """A socket of ours can be put at `path`: nobody answers there, and nobody but root can put his own there.
 
-    Raises AgentError where that is not so.
+    An empty directory of ours where others may write, as the kubelet makes an emptyDir, is made ours alone.
+    Raises AgentError where all that is not so.
     """
     directory = path.parent
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = directory.stat()
-        if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
-            if found.st_uid != os.geteuid():
+        if found.st_uid not in {0, os.geteuid()}:
+            raise AgentError(f"{directory}: belongs to uid {found.st_uid}; choose another path")
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
+            others = next((there for there in directory.iterdir() if not there.match(f"{path.name}*")), None)
+            if others is not None:
+                bits = f"mode {stat.S_IMODE(found.st_mode):04o}"
                 raise AgentError(
-                    f"{directory}: belongs to uid {found.st_uid} and anybody may write there; "
-                    "choose another path"
+                    f"{directory}: others may write there ({bits}), and it is not for us alone: there is "
+                    f"{others.name}; choose another path, or chmod go-w"
                 )
-            directory.chmod(0o700)  # as the kubelet makes an emptyDir
+            directory.chmod(0o700)
         if not os.access(directory, os.W_OK | os.X_OK):
             raise AgentError(f"{directory}: not writable for us; run as root, or mount it writable")
         if not is_socket(path) and os.path.lexists(path):

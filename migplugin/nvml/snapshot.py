@@ -67,7 +67,8 @@ class _Fixed:
 @dataclass(slots=True)
 class _Reading:
     """One GPU while it is read. `told` says whether the driver told every GPU instance; `doubtful` are the
-    listed (gi, ci) that contradict what else it says.
+    listed (gi, ci) that contradict what else it says; `left` is what it says of a device that it has just
+    listed and knows no more.
     """
 
     handle: Handle
@@ -78,6 +79,7 @@ class _Reading:
     told: bool = True
     refused: bool = False
     doubtful: set[tuple[int, int]] = field(default_factory=set)
+    left: DriverError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ class Snapshots:
             try:
                 handle = binding.gpu(index)
                 uuid = self._uuids[index] = GpuUuid(binding.uuid(handle))
-                gpu, reading = self._gpu(handle, index, uuid)
+                gpu, reading, seen = self._gpu_and_files(handle, index, uuid)
             except LibraryOutdated:
                 raise  # said of one GPU, but not of it alone
             except DriverError as exc:
@@ -140,14 +142,16 @@ class Snapshots:
             if reading.fixed.is_vgpu:
                 vgpus.append(uuid)
             if gpu.mig_enabled:
-                seen = self._capabilities.seen(gpu.minor)
-                gpu = _with_files(gpu, seen)
-                listed = {(device.gi, device.ci) for device in gpu.devices}
+                listed = _listed(gpu)
                 hidden = hidden or seen is None
                 refused = refused or reading.refused
                 doubtful = reading.doubtful | (listed ^ (listed if seen is None else seen))
                 disagreements |= {(uuid, gi, ci) for gi, ci in doubtful}
-            gpus.append(gpu)
+                if reading.left is not None and seen is not None and seen - listed:
+                    # It exists, and the driver does not say what it is: that is no absence.
+                    broken.append((index, uuid, reading.left))
+                    continue
+            gpus.append(_with_files(gpu, seen))
             handles.append(handle)
         named = {gpu.uuid for gpu in gpus} | {uuid for _, uuid, _ in broken if uuid is not None}
         inventory = Inventory(
@@ -167,6 +171,17 @@ class Snapshots:
             module=module,
         )
         return Look(inventory, frozenset(disagreements), hidden)
+
+    def _gpu_and_files(
+        self, handle: Handle, index: int, uuid: GpuUuid
+    ) -> tuple[Gpu, _Reading, frozenset[tuple[int, int]] | None]:
+        """A GPU, and which instances its files show; once more where one came or went meanwhile."""
+        gpu, reading = self._gpu(handle, index, uuid)
+        seen = self._capabilities.seen(gpu.minor) if gpu.mig_enabled else None
+        if reading.left is not None and seen is not None and seen - _listed(gpu):
+            gpu, reading = self._gpu(handle, index, uuid)
+            seen = self._capabilities.seen(gpu.minor) if gpu.mig_enabled else None
+        return gpu, reading, seen
 
     def _unreadable(self, gpus: Iterable[Gpu], *, refused: bool) -> Iterator[str]:
         if refused:
@@ -260,6 +275,7 @@ class Snapshots:
                     # Gone between the listing and now, or half made: another event will follow.
                     if exc.code not in GONE:
                         raise
+                    gpu.left = exc
                     log.debug("MIG device left while we looked", extra={"gpu": gpu.uuid, "slot": slot})
         return found
 
@@ -328,6 +344,10 @@ class Snapshots:
             a = attributes
             return profiles.computed(a.gi_slices, a.ci_slices, a.memory_mib, gpu.fixed.memory_bytes)
         raise DriverError(f"the driver names no profile for {binding.uuid(device)}", call="nvmlDeviceGetName")
+
+
+def _listed(gpu: Gpu) -> set[tuple[int, int]]:
+    return {(device.gi, device.ci) for device in gpu.devices}
 
 
 def _with_files(gpu: Gpu, seen: AbstractSet[tuple[int, int]] | None) -> Gpu:

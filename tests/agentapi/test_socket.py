@@ -115,15 +115,38 @@ async def test_root_alone_gets_at_it(short: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a directory away")
-async def test_a_directory_of_somebody_else_in_which_anybody_may_write_is_not_used(
-    short: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("bits", [0o777, 0o770, 0o755])
+async def test_a_directory_of_somebody_else_is_not_used(
+    short: Path, bits: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made(short, 0o777)
+    made(short, bits)
     os.chown(short, 65534, 65534)
     async with answering(short / "agent.sock", Told()) as stopping:
-        await until_said(caplog, "belongs to uid 65534 and anybody may write there")
+        await until_said(caplog, "belongs to uid 65534")
         stopping.set()
-    assert mode(short) == 0o777
+    assert mode(short) == bits
+
+
+@pytest.mark.parametrize("bits", [0o777, 0o775])
+async def test_a_directory_with_other_things_is_neither_used_nor_changed_where_others_may_write(
+    short: Path, bits: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    made(short, bits)
+    (short / "another's").touch()
+    async with answering(short / "agent.sock", Told()) as stopping:
+        await until_said(caplog, f"others may write there (mode {bits:04o})")
+        stopping.set()
+    assert mode(short) == bits
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a socket away")
+async def test_a_socket_of_somebody_else_is_not_asked(short: Path) -> None:
+    path = short / "agent.sock"
+    async with answering(path, Told()):
+        await until_served(path)
+        os.chown(path, 65534, 65534)
+        with pytest.raises(AgentError, match="belongs to uid 65534"):
+            await client.status(path)
 
 
 async def until_said(caplog: pytest.LogCaptureFixture, text: str) -> None:

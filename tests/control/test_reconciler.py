@@ -5,15 +5,18 @@ import logging
 import time
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 
 import pytest
 
 from migplugin.control import reconciler as reconciler_module
+from migplugin.control.ports import Readiness
 from migplugin.control.reconciler import FAULTS_AGAIN, Pace, Reconciler
+from migplugin.core.allocation import EditOptions
 from migplugin.core.decide import Options, Source, Usage
 from migplugin.core.health import Fault, Health
 from migplugin.core.inventory import Inventory
-from migplugin.core.resource import of_profile
+from migplugin.core.resource import Device, of_profile
 from migplugin.core.sharing import Shared, TimeSlicing
 from migplugin.errors import DriverError, InputError
 from tests.core.examples import ASSORTED, SEVENTHS, inventory
@@ -278,3 +281,104 @@ async def test_what_a_person_sees_has_the_leases_of_now_and_fresh_usage_but_no_n
     await reconciler.seen(within=0.05)
     assert usage.asked == 3, "one question at a time"
     usage.let.set()
+
+
+class Slow:
+    """A preparation that says what a device lacks once it is let."""
+
+    def __init__(self) -> None:
+        self.let = asyncio.Event()
+        self.entered = asyncio.Event()
+
+    async def prepare(self, inventory: Inventory, edits: EditOptions) -> Readiness:
+        if len(inventory.gpus) > 1:
+            self.entered.set()
+            await self.let.wait()
+        return Readiness({device.uuid: "no device node" for gpu, device in inventory.devices() if gpu.index})
+
+
+async def test_whoever_asks_while_devices_are_made_ready_is_not_shown_them_as_ready() -> None:
+    driver, slow = Told(), Slow()
+    reconciler = Reconciler(driver, Nobody(), Options(), Pace(), preparations=[slow])
+    await reconciler.first()
+    driver.shown = inventory(SEVENTHS, ASSORTED)
+    running = asyncio.ensure_future(reconciler.run())
+    try:
+        reconciler.geometry_changed()
+        await asyncio.wait_for(slow.entered.wait(), 5)
+        reconciler.clear_health(None)
+        await reconciler.seen(0.1)
+        assert {device.gpu_index for device in offered(reconciler)} == {0}
+        slow.let.set()
+        await until(lambda: {device.gpu_index for device in offered(reconciler)} == {0, 1})
+        assert not any(device.gpu_index for device in offered(reconciler, healthy=True))
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+def offered(reconciler: Reconciler, *, healthy: bool = False) -> list[Device]:
+    return [
+        entry.device
+        for offer in reconciler.offers.value.resources.values()
+        for entry in offer.devices.values()
+        if entry.healthy or not healthy
+    ]
+
+
+class Looking(Told):
+    """A driver that says in a look what is news only afterwards, and how often it was looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let = asyncio.Event()
+        self.let.set()
+
+    async def look(self, *, suspect: bool = False, processes_of: AbstractSet[str] = frozenset()) -> Inventory:
+        shown = self.shown
+        self.looks += 1
+        await self.let.wait()
+        return shown
+
+
+async def test_news_that_come_during_a_look_are_looked_at_and_in_a_storm_now_and_then() -> None:
+    driver = Looking()
+    reconciler = Reconciler(driver, Nobody(), Options(), Pace(3600.0))
+    await reconciler.first()
+    running = asyncio.ensure_future(reconciler.run())
+    try:
+        driver.let.clear()
+        reconciler.geometry_changed()
+        await until(lambda: driver.looks == 2)
+        driver.shown = inventory(SEVENTHS, ASSORTED)
+        reconciler.look_soon()
+        driver.let.set()
+        await until(lambda: {device.gpu_index for device in offered(reconciler)} == {0, 1})
+        looks, began = driver.looks, time.monotonic()
+        while time.monotonic() < began + 3 * FAULTS_AGAIN:
+            reconciler.look_soon()
+            await asyncio.sleep(0.005)
+        assert 2 <= driver.looks - looks <= 4
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_question_about_usage_that_is_given_up_leaves_its_answer_to_the_loop() -> None:
+    usage = Silent()
+    usage.let.set()
+    reconciler = Reconciler(Told(), usage, Options(), Pace(3600.0))
+    await reconciler.first()
+    usage.let.clear()
+    reconciler.world = replace(reconciler.world, usage=replace(reconciler.world.usage, began=-100.0))
+    asking = asyncio.ensure_future(reconciler.seen(60.0))
+    await until(lambda: usage.asked == 2)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    running = asyncio.ensure_future(reconciler.run())
+    try:
+        usage.let.set()
+        await until(lambda: reconciler.world.usage.began > 0)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)

@@ -14,6 +14,7 @@ from migplugin.errors import DriverError, DriverTimeout, LibraryOutdated
 from migplugin.nvml import binding
 from migplugin.nvml.capabilities import Capabilities
 from migplugin.nvml.library import SONAME
+from migplugin.sim.records import Failure
 from tests.nvml.machine import SEVEN, Watched, devices, machine, patiently, until, watching
 
 WAIT, INIT, REGISTER = "nvmlEventSetWait_v2", "nvmlInitWithFlags", "nvmlDeviceRegisterEvents"
@@ -206,6 +207,23 @@ async def test_what_the_driver_once_fails_to_tell_is_as_it_told_it_last() -> Non
                 with pytest.raises(DriverError):
                     await watched.driver.look()
                 assert {gpu.signs for gpu in (await watched.driver.look()).gpus} == {Signs()}
+
+
+@pytest.mark.parametrize("code", [2, 6])
+async def test_a_device_that_exists_and_of_which_the_driver_says_nothing_is_not_taken_for_gone(
+    code: int,
+) -> None:
+    with machine("2xa100-40gb=1g.5gb*2") as place:
+        async with watching(place) as watched:
+            await watched.driver.look()
+            place.switch(fail={"nvmlDeviceGetGpuInstanceId": Failure(code, 0)})
+            seen = await watched.driver.look()
+            assert [gpu.index for gpu in seen.gpus] == [1]
+            assert [(gpu.index, gpu.reason.partition(":")[0]) for gpu in seen.broken] == [
+                (0, "nvmlDeviceGetGpuInstanceId")
+            ]
+            place.switch(fail={})
+            assert len(devices(await watched.driver.look())) == 4
 
 
 CALLS = ("nvmlEventSetCreate", "nvmlDeviceGetSupportedEventTypes", REGISTER, WAIT)
