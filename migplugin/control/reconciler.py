@@ -1,7 +1,8 @@
 """The one loop: look at what may have changed, make ready what containers need of it, decide, publish.
 
 Events wake it and carry nothing; what is true is read anew. A change of geometry comes as a burst
-of events, one for each instance, so the first look waits until the burst is over, and at most 200 ms.
+of events, one for each instance, so the first look waits until the burst is over, and at most 200 ms; not
+while somebody is sick who gets well by being gone, if only for a moment.
 Where events do not work, and against the day when one is lost, it looks by itself now and then.
 An XID is judged by the inventory in force when it came, so all that came are, before a new one is.
 
@@ -30,7 +31,7 @@ from migplugin.core.decide import (
     World,
     decide,
 )
-from migplugin.core.health import Cleared, Fault, clear, suspects
+from migplugin.core.health import Cleared, Fault, Health, clear, suspects
 from migplugin.core.inventory import DeviceId, Inventory
 from migplugin.core.resource import ResourceName
 from migplugin.core.xid import xid
@@ -324,6 +325,11 @@ class Reconciler:
                 self._prepare_at = self._clock() + PREPARE_AGAIN
         return unready
 
+    def _is_curious(self) -> bool:
+        """Whether somebody is sick who is well once seen to be gone: before it is made anew, if it is."""
+        health = self.outcome.memory.health if self.outcome is not None else Health()
+        return any(sickness.device is not None for sickness in health.sick.values())
+
     async def _wait(self) -> None:
         """Until there is something to do."""
         outcome, moments = self.outcome, self._looks()
@@ -334,7 +340,9 @@ class Reconciler:
             moments += [moment for moment in (outcome.wake_at, usage_at) if moment is not None]
         await first_of(self._wake.wait(), timeout=max(min(moments) - self._clock(), 0.0))
         self._wake.clear()
-        latest = None if self._changed_at is None else self._changed_at + DEBOUNCE_LATEST
+        latest = (
+            None if self._changed_at is None or self._is_curious() else self._changed_at + DEBOUNCE_LATEST
+        )
         while latest is not None and (left := latest - self._clock()) > 0:
             await first_of(self._wake.wait(), timeout=min(DEBOUNCE, left))
             if not self._wake.is_set():

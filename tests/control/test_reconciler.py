@@ -11,7 +11,7 @@ import pytest
 
 from migplugin.control import reconciler as reconciler_module
 from migplugin.control.ports import Readiness
-from migplugin.control.reconciler import FAULTS_AGAIN, Pace, Reconciler
+from migplugin.control.reconciler import DEBOUNCE, FAULTS_AGAIN, Pace, Reconciler
 from migplugin.core.allocation import EditOptions
 from migplugin.core.decide import Options, Source, Usage
 from migplugin.core.health import Fault, Health
@@ -382,3 +382,28 @@ async def test_a_question_about_usage_that_is_given_up_leaves_its_answer_to_the_
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_who_is_sick_is_seen_to_be_gone_though_made_anew_at_once() -> None:
+    driver = Told()
+    reconciler = Reconciler(driver, Nobody(), Options(), Pace(3600.0))
+    await reconciler.first()
+    running = asyncio.ensure_future(reconciler.run())
+    try:
+        driver.xids.append(94)
+        reconciler.fault_arrived()
+        await until(lambda: sick(reconciler))
+        devices = SEVENTHS.devices
+        driver.shown = inventory(replace(SEVENTHS, devices=tuple(d for d in devices if d.gi != 9)))
+        reconciler.geometry_changed()
+        await asyncio.sleep(DEBOUNCE / 2)
+        driver.shown = inventory(SEVENTHS)
+        reconciler.geometry_changed()
+        await until(lambda: not sick(reconciler))
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+def sick(reconciler: Reconciler) -> bool:
+    return reconciler.outcome is not None and bool(reconciler.outcome.memory.health.sick)
