@@ -48,6 +48,10 @@ class Cell(Generic[T]):
         changed.set()
         return True
 
+    def amend(self, value: T) -> None:
+        """The value is `value`, which differs in nothing that a reader waits for: nobody is woken."""
+        self._value = value
+
     async def after(self, version: int) -> tuple[int, T]:
         """The version and value once the version is not `version`. Values in between may be skipped."""
         while self._version == version:

@@ -9,6 +9,17 @@ import pytest
 from migplugin.aio import Cell, DirectoryWatch, Mailbox, OwnerThread, first_of, keep_running
 
 
+async def test_what_is_amended_wakes_nobody_and_is_there_for_who_looks() -> None:
+    cell = Cell(1)
+    reader = asyncio.ensure_future(cell.after(cell.version))
+    await asyncio.sleep(0)
+    cell.amend(2)
+    await asyncio.sleep(0)
+    assert (reader.done(), cell.value) == (False, 2)
+    cell.set(3)
+    assert await reader == (cell.version, 3)
+
+
 async def test_a_cell_wakes_its_readers_once_for_each_difference() -> None:
     cell = Cell(1)
     waiting = asyncio.ensure_future(cell.after(cell.version))

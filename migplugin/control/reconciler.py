@@ -111,7 +111,8 @@ class Reconciler:
         new = [id_ for id_ in ids if (resource, id_) not in known and (resource, id_) not in self._leases]
         self._leases.update(((resource, id_), now) for id_ in ids)
         if new:
-            self.offers.set(granted(self.offers.value, resource, new))
+            # What is in use matters to the next choice, and to no list: a list need not be looked at again.
+            self.offers.amend(granted(self.offers.value, resource, new))
         if self._leases_looked_for is None:
             loop = asyncio.get_running_loop()
             self._leases_looked_for = loop.call_later(LEASE_CERTAIN_AFTER, self._look_for_leases)
