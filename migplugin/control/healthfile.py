@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from migplugin.core.health import Health
+from migplugin.core.health import Health, ended
 from migplugin.core.health_record import record, restore
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class HealthFile:
                 "was sick before the machine was started anew",
                 extra={"device": id_, "gpu": sickness.gpu, "reason": sickness.reason},
             )
-        return Health()
+        return ended(health, "the machine was started anew")
 
     def save(self, health: Health) -> bool:
         """Whether it is saved. Raises nothing: where the file cannot be written, that is said once."""

@@ -35,6 +35,7 @@ from migplugin.core.resource import device_of
 from migplugin.core.xid import RECOVERY_ACTION_CHANGED, TABLE, UNCORRECTED_ECC, Checks, xid
 from migplugin.errors import InputError
 
+RELOADED = "the driver was loaded anew"
 UNLISTED = 999
 MOST_XIDS_TOLD = 8
 RELAPSE_WITHIN = 3600.0
@@ -117,6 +118,14 @@ class Sign(NamedTuple):
     since: float
 
 
+class Past(NamedTuple):
+    """What was sick, by UUID, and of what, until `ended`: shown to people, and acted on by nobody."""
+
+    id: Subject
+    cause: str
+    ended: str
+
+
 @dataclass(frozen=True, slots=True)
 class Recovery:
     """That something got well, and of what."""
@@ -160,7 +169,8 @@ class Health:
     one that no longer does, and `lost` are those that are. `filed` are the instances whose files were seen,
     `errors` the uncorrected memory errors that the driver counted last.
     The driver is to be asked what it wants done about what came at `ask_after`. `driver` and `module` say
-    which driver all this was with, "" before the first look.
+    which driver all this was with, "" before the first look. `history` is who was sick when last a driver was
+    loaded anew or the machine started.
     """
 
     sick: Mapping[Subject, Sickness] = field(default_factory=dict)
@@ -174,6 +184,7 @@ class Health:
     ask_after: float = float("-inf")
     driver: str = ""
     module: int | None = None
+    history: tuple[Past, ...] = ()
 
     def sickness(self, id_: DeviceId, gpu: GpuUuid) -> Sickness | None:
         """Of what the device `id_` on `gpu` is sick, if faults have made it so."""
@@ -204,11 +215,12 @@ def fold(
         if scene.now < recovery.at + RELAPSE_WITHIN
         and not (reloaded or _is_over(recovery.sickness, inventory, gpus))
     }
-    changes = []
+    changes, past = [], list[Past]()
     for id_, before in health.sick.items():
         sickness = _rest(before, scene, gpus)
         if reloaded and before.last < scene.looked:
-            well = "the driver was loaded anew"
+            well = RELOADED
+            past.append(Past(id_, before.cause, RELOADED))
         elif _is_over(sickness, inventory, gpus):
             well = "gone or made anew"
         elif not any(checks.make_sick(xid(code)) for code in sickness.xids):
@@ -252,6 +264,7 @@ def fold(
         ask_after=ask_after,
         driver=inventory.driver_version,
         module=inventory.module,
+        history=tuple(past) or health.history,
     )
     return now, tuple(changes)
 
@@ -285,7 +298,8 @@ def clear(health: Health, ids: Collection[str] | None) -> Cleared:
         for id_, sign in sorted(health.signs.items())
         if ids is None or id_ in chosen or id_ in gpus
     ]
-    return Cleared(replace(health, sick=left, recovered=recovered), sick, tuple(notes))
+    history = () if ids is None else health.history
+    return Cleared(replace(health, sick=left, recovered=recovered, history=history), sick, tuple(notes))
 
 
 def _as_sick(health: Health, text: str) -> Subject:
@@ -327,6 +341,12 @@ def look_at(health: Health, looked: float) -> float | None:
     if looked < health.ask_after and any(_action(gpu) is not None for gpu in health.gpus.values()):
         waiting.append(health.ask_after)
     return min(waiting, default=None)
+
+
+def ended(health: Health, why: str) -> Health:
+    """`health` after something that has made everybody well: who was sick is history."""
+    past = tuple(Past(id_, sickness.cause, why) for id_, sickness in health.sick.items())
+    return Health(history=past or health.history)
 
 
 def suspects(health: Health) -> frozenset[Subject]:

@@ -8,7 +8,7 @@ something to every process until the machine starts again, and then the document
 from collections.abc import Mapping
 from typing import Any
 
-from migplugin.core.health import Health, Instance, Recovery, Sickness, Subject
+from migplugin.core.health import Health, Instance, Past, Recovery, Sickness, Subject
 from migplugin.core.inventory import DeviceId, GpuUuid
 
 VERSION = 1
@@ -20,6 +20,7 @@ def record(health: Health) -> dict[str, Any]:
         "driver": health.driver,
         "module": health.module,
         "errors": {id_: count for id_, count in health.errors.items() if count},
+        "history": [past._asdict() for past in health.history],
         "sick": [_sickness(sickness) for sickness in health.sick.values()],
         "recovered": [{"at": r.at, **_sickness(r.sickness)} for r in health.recovered.values()],
     }
@@ -34,6 +35,10 @@ def restore(document: object, now: float) -> Health:
         recovered = [
             Recovery(min(float(entry["at"]), now), _restored(entry, now)) for entry in document["recovered"]
         ]
+        history = tuple(
+            Past(DeviceId(str(entry["id"])), str(entry["cause"]), str(entry["ended"]))
+            for entry in document.get("history", ())
+        )
         driver, module = str(document.get("driver", "")), document.get("module")
         module = None if module is None else int(module)
         errors: dict[Subject, int] = {
@@ -47,6 +52,7 @@ def restore(document: object, now: float) -> Health:
         errors=errors,
         driver=driver,
         module=module,
+        history=history,
     )
 
 

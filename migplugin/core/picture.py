@@ -132,7 +132,7 @@ def draw(status: Status, *, width: int, color: bool, unicode: bool, note: str = 
 
 
 def draw_sick(status: Status, *, width: int, color: bool, unicode: bool, note: str = "") -> str:
-    """Who is sick in `status`, why, since when and until what, drawn as `draw` does. UUIDs are whole."""
+    """Who is sick in `status`, why, since when and until what, and who was. UUIDs are whole."""
     pen = Pen(min(max(width, NARROWEST), WIDEST), color, UNICODE if unicode else ASCII)
     rows = [
         Row(
@@ -151,6 +151,10 @@ def draw_sick(status: Status, *, width: int, color: bool, unicode: bool, note: s
         _header(status, note, pen),
         _table(SICK_TITLES, rows, pen, shorten=()) if rows else iter(("no device is sick",)),
         pen.paragraph(hint, DIM, indent=0) if any(sick.clearable for sick in status.sick) else iter(()),
+        *(
+            pen.paragraph(_clean(f"{past.id} was sick until {past.ended}: {past.reason}"), DIM, indent=0)
+            for past in status.history
+        ),
     ]
     return "\n\n".join(text for text in ("\n".join(part) for part in parts) if text)
 

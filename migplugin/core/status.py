@@ -134,6 +134,15 @@ class SickStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class PastStatus:
+    """What was sick, of what, when `ended` made it well: for people to know."""
+
+    id: str
+    reason: str
+    ended: str
+
+
+@dataclass(frozen=True, slots=True)
 class ResourceStatus:
     """One resource as the kubelet is shown it. `leased` devices were handed out, and not yet seen held."""
 
@@ -168,6 +177,7 @@ class Status:
     gpus: tuple[GpuStatus, ...]
     missing: tuple[MissingDevice, ...]
     sick: tuple[SickStatus, ...]
+    history: tuple[PastStatus, ...]
     resources: tuple[ResourceStatus, ...]
     warnings: tuple[str, ...]
 
@@ -195,6 +205,7 @@ def status(world: World, outcome: Outcome, *, node: str = "", agent: AgentFacts 
         gpus=tuple(sorted(gpus, key=lambda gpu: gpu.index)),
         missing=view.missing(),
         sick=view.sick(),
+        history=tuple(PastStatus(*past) for past in outcome.memory.health.history),
         resources=tuple(view.resource(name) for name in outcome.offers.resources),
         warnings=outcome.warnings,
     )

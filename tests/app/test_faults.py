@@ -229,6 +229,9 @@ async def test_restarts_of_agent_and_kubelet_make_nobody_well_and_one_of_the_mac
     agent = await node.serve()
     await agent.until_said("was sick before the machine was started anew", device=ci.uuid)
     await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+    await agent.until_said("control socket")
+    _, out, _ = await node.command("health")
+    assert f"{ci.uuid} was sick until the machine was started anew: XID 94" in " ".join(out.split())
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.002, 0.005, 0.01, 0.02, 0.05])

@@ -50,7 +50,14 @@ def test_after_a_new_boot_it_is_history(tmp_path: Path, proc: Path, caplog: pyte
     caplog.set_level(logging.INFO)
     state = saved(tmp_path, proc)
     (proc / "sys/kernel/random/boot_id").write_text("two\n")
-    assert HealthFile(state, proc).load(10.0) == Health()
+    found = HealthFile(state, proc).load(10.0)
+    assert found == Health(history=found.history)
+    assert [(past.id, past.ended) for past in found.history] == [
+        ("MIG-a", "the machine was started anew"),
+        (GPU, "the machine was started anew"),
+    ]
+    HealthFile(state, proc).save(found)
+    assert HealthFile(state, proc).load(10.0) == found, "shown until there is newer"
     assert {record.message for record in caplog.records} == {"was sick before the machine was started anew"}
 
 

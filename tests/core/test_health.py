@@ -627,3 +627,15 @@ def test_an_instance_on_a_gpu_that_was_lost_is_well_when_that_is_back() -> None:
     run.step(see=lost, at=2.0)
     run.step(see=NODE, at=4.0)
     assert run.unfit() == set()
+
+
+def test_who_was_sick_of_a_driver_that_is_gone_is_history_until_all_is_cleared() -> None:
+    run = Run()
+    run.step(fault(SEVENTHS, 94, 9, 0), see=replace(NODE, module=1))
+    run.step(see=replace(NODE, module=2), at=10.0)
+    (past,) = run.health.history
+    assert (past.id, past.ended) == (uuid(0, 9), "the driver was loaded anew")
+    assert past.cause.startswith("XID 94")
+    run.step(see=replace(NODE, module=3), at=20.0)
+    assert run.health.history == (past,), "nobody has been sick since"
+    assert clear(run.health, None).health.history == ()
