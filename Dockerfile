@@ -1,9 +1,9 @@
 # The image: two stages, wheels only, checked by hash; no compiler and no driver library inside.
 #
 # BASE is any glibc image with libstdc++, Python 3.11 or newer and its venv module. Both stages use it, so that the
-# interpreter behind the installed environment is the same. Releases pin it by digest.
+# interpreter behind the installed environment is the same. Pin it by digest for a release.
 #
-#   docker build --build-arg VERSION=0.1.0 --build-arg REVISION="$(git rev-parse HEAD)" -t migplugin .
+#   docker build --build-arg VERSION=0.1.0 --build-arg REVISION="$(git rev-parse HEAD)" -t REGISTRY/migplugin:0.1.0 .
 ARG BASE=docker.io/library/python:3.13-slim-bookworm
 
 FROM ${BASE} AS build

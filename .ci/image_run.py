@@ -186,7 +186,7 @@ async def names() -> None:
             fail(f"config-manager: {code} {said}")
     script = (
         "grep -E '^(CapEff|CapBnd|NoNewPrivs)' /proc/self/status; touch /x 2>/dev/null && echo writable; "
-        "for word in gcc cc pip nvidia-smi; do command -v $word; done; "
+        "for word in gcc cc nvidia-smi; do command -v $word; done; "
         "find / -xdev \\( -name 'libnvidia-ml*' -o -name 'libcuda*' \\) 2>/dev/null"
     )
     code, said = await output(["/bin/sh", "-c", script], {}, {})

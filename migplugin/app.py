@@ -250,7 +250,7 @@ async def _serve(
     serving = asyncio.ensure_future(keep_running("manager", manager.run))
     answers, mute = _Answers(reconciler, manager), asyncio.Event()
     answering = asyncio.ensure_future(_answer(settings.control_socket, answers, manager.registered, mute))
-    probes.serving(manager.states, manager.dead)
+    probes.serving(manager.states, manager.dead, lambda: reconciler.world.driver_error)
     await stop
     probes.stopping()
     began = time.monotonic()

@@ -37,7 +37,15 @@ def _long(word: str) -> str:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--oneshot", envvar="ONESHOT", is_flag=True, help="End when the file is linked.")
+@click.option(
+    *("--oneshot", "oneshot"),
+    envvar="ONESHOT",
+    type=bool,
+    is_flag=False,
+    flag_value="true",
+    default=False,
+    help="End when the file is linked.",
+)
 @click.option(
     "--config-file-srcdir",
     "directory",
@@ -52,12 +60,14 @@ def _long(word: str) -> str:
 @click.option("--default-config", "chosen", envvar="DEFAULT_CONFIG", metavar="NAME", default="")
 @click.option("--kubeconfig", envvar="KUBECONFIG", metavar="PATH", help="Not used.")
 @click.option("--node-name", envvar="NODE_NAME", metavar="NAME", help="Not used.")
-@click.option("--node-label", envvar="NODE_LABEL", metavar="LABEL", help="Not used.")
+@click.option("--node-label", "label", envvar="NODE_LABEL", metavar="LABEL", help="Not used.")
 @click.option("--fallback-strategies", envvar="FALLBACK_STRATEGIES", metavar="LIST", help="Not used.")
 @click.option("--send-signal", envvar="SEND_SIGNAL", metavar="BOOL", help="Not used.")
 @click.option("--signal", envvar="SIGNAL", metavar="NUMBER", help="Not used.")
 @click.option("--process-to-signal", envvar="PROCESS_TO_SIGNAL", metavar="NAME", help="Not used.")
-def _manage(oneshot: bool, directory: str, target: str, chosen: str, **_: str | None) -> None:
+def _manage(
+    oneshot: bool, directory: str, target: str, chosen: str, label: str | None, **_: str | None
+) -> None:
     """Link the configuration file for the agent: the default one, else the only one, else an empty one."""
     from migplugin.telemetry.log import configure  # noqa: PLC0415
 
@@ -69,7 +79,14 @@ def _manage(oneshot: bool, directory: str, target: str, chosen: str, **_: str | 
     source = choose(Path(directory), chosen)
     link(Path(target), source)
     log.info("configuration linked", extra={"file": target, "source": str(source or "empty")})
-    log.info("the choice by node label comes with partitioning; the agent follows the file by itself")
+    unused = [name for name in names(Path(directory)) if source is None or name != source.name]
+    if unused:
+        log.warning(
+            "the choice by node label comes with partitioning, until then these files are not used",
+            extra={"files": unused, "label": label},
+        )
+    else:
+        log.info("the choice by node label comes with partitioning; the agent follows the file by itself")
     if not oneshot:
         log.info("stopping", extra={"signal": signal.Signals(signal.sigwait(ends)).name})
 
@@ -79,17 +96,22 @@ def choose(directory: Path, chosen: str) -> Path | None:
 
     Raises InputError where there is no such file or directory.
     """
+    found = names(directory)
+    if chosen and chosen not in found:
+        raise InputError(
+            f"DEFAULT_CONFIG={chosen}: no such file in {directory}, only {', '.join(found) or 'none'}"
+        )
+    name = chosen or (NAMED if NAMED in found else found[0] if len(found) == 1 else "")
+    return directory / name if name else None
+
+
+def names(directory: Path) -> list[str]:
+    """The files in it. Raises InputError where there is no such directory."""
     try:
         # A mounted ConfigMap keeps its versions beside the files, under names that begin with two dots.
-        names = sorted(p.name for p in directory.iterdir() if not p.name.startswith(".") and p.is_file())
+        return sorted(p.name for p in directory.iterdir() if not p.name.startswith(".") and p.is_file())
     except OSError as exc:
         raise InputError(f"CONFIG_FILE_SRCDIR={directory}: {exc.strerror}") from exc
-    if chosen and chosen not in names:
-        raise InputError(
-            f"DEFAULT_CONFIG={chosen}: no such file in {directory}, only {', '.join(names) or 'none'}"
-        )
-    name = chosen or (NAMED if NAMED in names else names[0] if len(names) == 1 else "")
-    return directory / name if name else None
 
 
 def link(target: Path, source: Path | None) -> None:

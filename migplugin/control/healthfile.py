@@ -1,7 +1,7 @@
 """The small file that keeps sick devices sick when the agent is started anew.
 
-It lies in a directory of its own, since the kubelet empties its device-plugin directory of files at each
-start. It is written when something fell sick or got well and never flushed: it must outlive the process,
+It lies in a directory of its own, and the kubelet removes nothing but sockets from its own (kubelet.md 1.2).
+It is written when something fell sick or got well and never flushed: it must outlive the process,
 not the machine. A file of before the last boot is history: said, and not acted on, for that may have cured
 what is in it; so may loading the driver anew, which the health itself knows. Lost or corrupt: everything
 starts clean, and that is said.

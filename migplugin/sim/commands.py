@@ -93,9 +93,14 @@ def _told(function: Callable[P, R]) -> Callable[P, R]:
     "--switch", "switches", multiple=True, metavar="NAME=VALUE", help="Set a switch from the start."
 )
 @click.option("--replace", is_flag=True, help="Put the new node in the place of the one that is there.")
+@click.option(
+    "--if-absent", is_flag=True, help="Keep the driver that is there; one that cannot be read is made anew."
+)
 @click.pass_obj
 @_told
-def init(store: Store, node: str, seed: str, switches: tuple[str, ...], replace: bool) -> None:
+def init(
+    store: Store, node: str, seed: str, switches: tuple[str, ...], replace: bool, if_absent: bool
+) -> None:
     """Make a simulated node from SPEC, or derive the files of the one in directory SPEC again.
 
     \b
@@ -117,6 +122,15 @@ def init(store: Store, node: str, seed: str, switches: tuple[str, ...], replace:
                 raise InputError(f"--switch {text!r} is not NAME=VALUE")
             set_switch(bare, name, value)
 
+    if if_absent and store.exists:
+        try:
+            store.refresh_files()
+        except SimulatorError as exc:
+            click.echo(f"{exc}; it is made anew", err=True)
+            replace = True
+        else:
+            click.echo(f"there is a simulated driver in {store.state_dir}, and it stays as it is")
+            return
     store.create(spec.build(node, seed=seed, prepare=prepare), replace=replace)
     click.echo(picture.draw(store.read()))
 

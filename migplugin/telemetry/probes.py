@@ -25,16 +25,23 @@ class Probes:
         self._beat = clock()
         self._states: Callable[[], Mapping[str, bool]] | None = None
         self._dead: Callable[[], Collection[str]] = tuple
+        self._trouble: Callable[[], str] = str
 
     @property
     def pages(self) -> Mapping[str, Callable[[], Page]]:
         return {"/healthz": self.alive, "/readyz": self.ready}
 
-    def serving(self, states: Callable[[], Mapping[str, bool]], dead: Callable[[], Collection[str]]) -> None:
-        """From now on: `states` tells of each offered resource whether this kubelet has its list, and
-        `dead` names those whose server does not answer. Both are called in another thread.
+    def serving(
+        self,
+        states: Callable[[], Mapping[str, bool]],
+        dead: Callable[[], Collection[str]],
+        trouble: Callable[[], str] = str,
+    ) -> None:
+        """From now on: `states` tells of each offered resource whether this kubelet has its list, `dead`
+        names those whose server does not answer, and `trouble` says what is wrong with the driver, or "". All
+        are called in another thread.
         """
-        self._states, self._dead = states, dead
+        self._states, self._dead, self._trouble = states, dead, trouble
 
     def stopping(self) -> None:
         self.stage, self._states, self._dead = "stopping", None, tuple
@@ -60,4 +67,6 @@ class Probes:
         missing = sorted(name for name, known in states.items() if not known)
         if missing:
             return verdict(False, f"the kubelet has not taken the list of {', '.join(missing)}")
-        return verdict(True, f"the kubelet has {', '.join(sorted(states))}" if states else "nothing to serve")
+        served = f"the kubelet has {', '.join(sorted(states))}" if states else "nothing to serve"
+        trouble = self._trouble()
+        return verdict(True, f"{served}; the driver does not answer: {trouble}" if trouble else served)

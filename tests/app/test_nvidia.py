@@ -237,6 +237,8 @@ def test_config_manager_takes_the_default_else_the_only_file_else_an_empty_one(
     done = command("config-manager", **env)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 2
+    assert "the choice by node label comes with partitioning" in done.stderr
+    assert ("WARNING" in done.stderr) == (len(files) > (expected is not None))
     if expected is None:
         assert not target.is_symlink()
         assert target.read_bytes() == b""
@@ -274,6 +276,8 @@ def test_config_manager_says_in_a_line_what_is_wrong(root: Path) -> None:
     done = command("config-manager", **{**INIT, **paths, "CONFIG_FILE_DST": str(root / "no/where")})
     assert done.returncode == 2
     assert done.stderr.startswith("config-manager: CONFIG_FILE_DST=")
+    words = ("--oneshot=true", f"--config-file-srcdir={mount}", f"--config-file-dst={root}/c")
+    assert command("config-manager", *words).returncode == 0, "as Go takes it"
     done = command("config-manager", ONESHOT="true")
     assert done.returncode == 2
     assert "CONFIG_FILE_SRCDIR" in done.stderr

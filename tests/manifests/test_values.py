@@ -175,6 +175,7 @@ def test_the_directory_for_cdi_is_mounted_where_it_is_needed(values: Document, m
         ({"migstrategy": "mixed"}, "additional properties 'migstrategy' not allowed"),
         ({"deviceListStrategy": "cdi"}, "'/deviceListStrategy'"),
         ({"kubeletRoot": "/var/lib/kubelet/"}, "'/kubeletRoot'"),
+        ({"image": {"digest": "0.1.0"}}, "does not match pattern"),
         ({"image": {"tag": 1}}, "'/image/tag': got number, want string"),
         (
             {"config": {"name": "a", "map": {"b": "c"}}},
@@ -193,7 +194,11 @@ def test_the_directory_for_cdi_is_mounted_where_it_is_needed(values: Document, m
         ({"simulated": {"enabled": True}, "privileged": True}, "the simulation needs no privilege"),
         (
             {"privileged": True, "securityContext": {"runAsUser": 0}},
-            "securityContext replaces what privileged, compatWithCPUManager and seLinuxOptions would set",
+            "securityContext replaces what privileged and compatWithCPUManager would set",
+        ),
+        (
+            {"seLinuxOptions": {"type": "a"}, "podSecurityContext": {"seLinuxOptions": {"type": "b"}}},
+            "seLinuxOptions and podSecurityContext.seLinuxOptions are the same thing",
         ),
     ],
 )
@@ -207,6 +212,28 @@ def test_the_default_namespace_is_refused_unless_one_insists() -> None:
     with pytest.raises(RenderFailed, match="choose one with --namespace migplugin"):
         helm(namespace="default")
     assert only(helm(namespace="default", values={"allowDefaultNamespace": True}))
+
+
+@pytest.mark.parametrize(
+    ("context", "asks"),
+    [
+        ({"capabilities": {"drop": ["ALL"], "add": ["SYS_ADMIN"]}}, True),
+        ({"privileged": True}, True),
+        ({"capabilities": {"drop": ["ALL"]}}, False),
+        ({"runAsUser": 0}, False),
+    ],
+)
+def test_mig_is_monitored_only_with_the_privilege_without_which_the_runtime_starts_nothing(
+    context: Document, *, asks: bool
+) -> None:
+    container = agent(only(helm(values={"securityContext": context})))
+    assert ("NVIDIA_MIG_MONITOR_DEVICES" in {entry["name"] for entry in container["env"]}) == asks
+
+
+def test_an_image_can_be_pinned_by_its_digest() -> None:
+    digest = f"sha256:{'0a' * 32}"
+    container = agent(only(helm(values={"image": {"repository": "r/migplugin", "digest": digest}})))
+    assert container["image"] == f"r/migplugin@{digest}"
 
 
 def test_what_the_pod_is_given_can_be_changed() -> None:
@@ -226,7 +253,7 @@ def test_what_the_pod_is_given_can_be_changed() -> None:
     text = helm(values=values)
     document = only(text)
     spec, container = document["spec"]["template"]["spec"], agent(document)
-    assert container["securityContext"]["seLinuxOptions"] == {"type": "container_device_plugin_t"}
+    assert spec["securityContext"] == {"seLinuxOptions": {"type": "container_device_plugin_t"}}
     assert container["resources"]["limits"] == {"memory": "1Gi"}
     assert not {"tolerations", "affinity", "priorityClassName"} & spec.keys()
     assert spec["serviceAccountName"] == "mine"

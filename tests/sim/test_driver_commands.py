@@ -52,6 +52,24 @@ def shell() -> Iterator[Shell]:
         yield shell
 
 
+def test_a_driver_that_is_there_can_be_kept_and_one_that_cannot_be_read_is_made_anew(shell: Shell) -> None:
+    shell.ok("xid", "0", "79")
+    before = (shell.state / "state.json").read_bytes()
+    assert "stays as it is" in shell.ok("init", "1xa30", "--if-absent")
+    assert (shell.state / "state.json").read_bytes() == before
+    for damage in ("", "{", json.dumps({"version": 99})):
+        (shell.state / "state.json").write_text(damage)
+        result = shell("init", "1xa30=1g.6gb", "--if-absent")
+        assert result.exit_code == 0, result.output
+        assert "it is made anew" in result.stderr
+        assert [gpu["product"] for gpu in shell.shown()["gpus"]] == ["a30"]
+
+
+def test_a_driver_that_is_absent_is_made() -> None:
+    with directory() as parent:
+        assert "A30" in Shell(parent / "new").ok("init", "1xa30", "--if-absent")
+
+
 def test_every_command_says_where_the_state_lives(shell: Shell) -> None:
     for words in (["show"], ["xid", "0", "79"], ["switch"]):
         assert shell(*words).stderr == f"state: {shell.state}\n"

@@ -216,5 +216,7 @@ def test_ready_is_told_by_stage_then_by_resource() -> None:
     assert probes.ready() == verdict(True, "the kubelet has a, b")
     states.clear()
     assert probes.ready() == verdict(True, "nothing to serve")
+    probes.serving(dict, tuple, lambda: "no libnvidia-ml")
+    assert probes.ready() == verdict(True, "nothing to serve; the driver does not answer: no libnvidia-ml")
     probes.stopping()
     assert probes.ready() == verdict(False, "stopping")

@@ -35,7 +35,11 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 
 {{- define "migplugin.image" -}}
-{{- printf "%s:%s" .Values.image.repository (.Values.image.tag | default .Chart.AppVersion) }}
+{{- with .Values.image }}
+{{- if .digest }}{{ printf "%s@%s" .repository .digest }}
+{{- else }}{{ printf "%s:%s" .repository (.tag | default $.Chart.AppVersion) }}
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{- define "migplugin.serviceAccount" -}}
@@ -85,6 +89,21 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 {{- end }}
 
+{{/* Of the pod, for init containers look at the host's directories too. */}}
+{{- define "migplugin.podSecurityContext" -}}
+{{- with .Values.podSecurityContext }}{{ toYaml . }}
+{{ end }}
+{{- with include "migplugin.seLinuxOptions" . }}
+{{- printf "seLinuxOptions:\n%s" (. | indent 2) }}
+{{- end }}
+{{- end }}
+
+{{/* Whether the NVIDIA runtime would start a container that asks to monitor MIG: one with the privilege for it. */}}
+{{- define "migplugin.monitors" -}}
+{{- $given := .Values.securityContext }}
+{{- if or (not $given) (dig "privileged" false $given) (has "SYS_ADMIN" (dig "capabilities" "add" list $given)) }}true{{ end }}
+{{- end }}
+
 {{- define "migplugin.securityContext" -}}
 {{- if .Values.securityContext }}
 {{- toYaml .Values.securityContext }}
@@ -102,10 +121,6 @@ capabilities:
 seccompProfile:
   type: RuntimeDefault
 {{- end }}
-{{- with include "migplugin.seLinuxOptions" . }}
-seLinuxOptions:
-  {{- . | nindent 2 }}
-{{- end }}
 {{- end }}
 {{- end }}
 
@@ -118,6 +133,8 @@ seLinuxOptions:
 {{- if kindIs "slice" $list }}{{ $list = join "," $list }}{{ end }}
 {{- $driverRoot := $v.nvidiaDriverRoot }}
 {{- if and (not $driverRoot) $v.gpuOperator.enabled }}{{ $driverRoot = "/run/nvidia/driver" }}{{ end }}
+{{- $hook := $v.cdi.nvidiaHookPath }}
+{{- if and (not $hook) $v.gpuOperator.enabled }}{{ $hook = "/usr/local/nvidia/toolkit/nvidia-cdi-hook" }}{{ end }}
 {{- range list
   (list "MIG_STRATEGY" $v.migStrategy)
   (list "FAIL_ON_INIT_ERROR" $v.failOnInitError)
@@ -128,7 +145,7 @@ seLinuxOptions:
   (list "SHARED_DEVICES_ALLOCATION_POLICY" $v.sharedDevicesAllocationPolicy)
   (list "NVIDIA_DRIVER_ROOT" $driverRoot)
   (list "NVIDIA_DEV_ROOT" $v.nvidiaDevRoot)
-  (list "NVIDIA_CDI_HOOK_PATH" $v.cdi.nvidiaHookPath)
+  (list "NVIDIA_CDI_HOOK_PATH" $hook)
   (list "CDI_FEATURE_FLAGS" $v.cdi.featureFlags)
   (list "GDRCOPY_ENABLED" $v.gdrcopyEnabled)
   (list "GDS_ENABLED" $v.gdsEnabled)
