@@ -18,7 +18,14 @@ CHART = MANIFESTS / "helm/migplugin"
 TOOLS = ROOT / ".tools/bin"
 GOLDEN = Path(__file__).parents[1] / "golden/manifests"
 KUBERNETES = [f"1.{minor}" for minor in range(28, 37)]
-OVERLAYS = ("privileged", "gpu-operator", "openshift", "simulated")
+OVERLAYS = (
+    "privileged",
+    "gpu-operator",
+    "gpu-operator-privileged",
+    "openshift",
+    "openshift-gpu-operator",
+    "simulated",
+)
 NAMESPACE = {"simulated": "migplugin-simulated"}
 
 Document = dict[str, Any]

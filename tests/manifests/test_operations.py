@@ -2,9 +2,15 @@
 
 import ast
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
-from tests.manifests.render import ROOT
+import yaml
+
+from tests.manifests.render import ROOT, env
 
 TEXT = (ROOT / "docs/operations.md").read_text()
 LOUD = {"warning", "error", "exception", "critical"}
@@ -48,3 +54,26 @@ def test_every_path_that_the_documents_name_is_there() -> None:
         assert named
         for path in named:
             assert (ROOT / "manifests" / path.removeprefix("manifests/")).exists(), path
+
+
+def test_a_node_is_named_as_every_command_takes_it() -> None:
+    # `node/x`, as -o name prints it, is what kubectl taint does not take.
+    for document in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")):
+        text = document.read_text()
+        assert not re.search(r"kubectl taint node/|get nodes? -o name|taint \"?\$NODE", text), document.name
+
+
+def test_what_the_simulations_document_does_can_be_done_in_that_order(tmp_path: Path) -> None:
+    text = (ROOT / "docs/simulation.md").read_text()
+    words = [shlex.split(line, comments=True) for line in re.findall(r"^    sim (.+)$", text, re.MULTILINE)]
+    assert len(words) > 5
+    with (ROOT / "manifests/components/simulated/daemonset.yaml").open() as file:
+        (init,) = yaml.safe_load(file)["spec"]["template"]["spec"]["initContainers"]
+    for each in (["init", env(init)["SIMULATED_NODE"]], *words):
+        done = subprocess.run(
+            [sys.executable, "-m", "migplugin", "sim", "--state", str(tmp_path / "state"), *each],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, (each, done.stderr)

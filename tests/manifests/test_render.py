@@ -39,7 +39,9 @@ VALUES: dict[str, Document] = {
     "": {},
     "privileged": {"privileged": True},
     "gpu-operator": {"gpuOperator": {"enabled": True}},
+    "gpu-operator-privileged": {"gpuOperator": {"enabled": True}, "privileged": True},
     "openshift": {"openshift": {"enabled": True}},
+    "openshift-gpu-operator": {"openshift": {"enabled": True}, "gpuOperator": {"enabled": True}},
     "simulated": {"simulated": {"enabled": True}},
 }
 
@@ -169,6 +171,13 @@ def test_components_are_combined_as_one_likes() -> None:
     }
     assert env(agent(document))["DEVICE_LIST_STRATEGY"] == "cdi-cri"
     assert invalid([document], KUBERNETES) == []
+
+
+@pytest.mark.parametrize("overlay", [overlay for overlay in OVERLAYS if "gpu-operator" in overlay])
+def test_the_operators_driver_root_is_mounted_where_it_is_told(overlay: str) -> None:
+    document = only(kustomize(overlay))
+    (root,) = [v for v in document["spec"]["template"]["spec"]["volumes"] if v["name"] == "driver-root"]
+    assert root["hostPath"]["path"] == env(agent(document))["NVIDIA_DRIVER_ROOT"] == "/run/nvidia/driver"
 
 
 def test_the_dockerfile_has_nothing_against_it() -> None:
