@@ -7,8 +7,9 @@ from typing import Protocol
 
 from migplugin.core.allocation import EditOptions
 from migplugin.core.decide import Usage
-from migplugin.core.health import Fault, Health
+from migplugin.core.health import Health
 from migplugin.core.inventory import DeviceId, Inventory
+from migplugin.core.sickness import Fault
 
 
 class Driver(Protocol):

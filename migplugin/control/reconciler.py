@@ -31,9 +31,10 @@ from migplugin.core.decide import (
     World,
     decide,
 )
-from migplugin.core.health import Cleared, Fault, Health, clear, suspects
+from migplugin.core.health import Cleared, Health, clear, suspects
 from migplugin.core.inventory import DeviceId, Inventory
 from migplugin.core.resource import ResourceName
+from migplugin.core.sickness import Fault
 from migplugin.core.xid import xid
 from migplugin.errors import DriverError, LibraryOutdated
 

@@ -22,11 +22,12 @@ from enum import StrEnum
 from migplugin.core import health as healths
 from migplugin.core.allocation import EditOptions, Offer, OfferedDevice, Offers
 from migplugin.core.assignment import Assignment, assign, names_of_single
-from migplugin.core.health import Change, Fault, Health, Scene
+from migplugin.core.health import Health, Scene
 from migplugin.core.inventory import DeviceId, GpuUuid, Inventory
 from migplugin.core.naming import Naming
 from migplugin.core.resource import Device, ResourceName, Strategy, device_of, is_ours, is_replica
 from migplugin.core.sharing import TimeSlicing
+from migplugin.core.sickness import Change, Fault
 from migplugin.core.xid import Checks
 
 EMPTY_OFFER_KEPT = 60.0

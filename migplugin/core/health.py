@@ -25,13 +25,24 @@ When the kernel module was loaded anew, or another one was, every GPU has been r
 before the look which found it.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeAlias
 
-from migplugin.core.inventory import DeviceId, Gpu, GpuUuid, Inventory, MigDevice
+from migplugin.core import signs as signs_of
+from migplugin.core.inventory import DeviceId, Gpu, GpuUuid, Inventory
 from migplugin.core.resource import device_of
+from migplugin.core.sickness import (
+    Change,
+    Fault,
+    Instance,
+    Past,
+    Recovery,
+    Sickness,
+    Sign,
+    Subject,
+    instance_of,
+)
 from migplugin.core.xid import RECOVERY_ACTION_CHANGED, TABLE, UNCORRECTED_ECC, Checks, xid
 from migplugin.errors import InputError
 
@@ -42,106 +53,6 @@ RELAPSE_WITHIN = 3600.0
 # The driver may take a moment to know what is to be done about the error that it has just told.
 BELIEVED_AFTER = 5.0
 LOOK_EVERY = 10.0
-
-Subject: TypeAlias = DeviceId | GpuUuid
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """An XID event, repeated `count` times; `gi` and `ci` are None where it concerns the whole GPU or GI."""
-
-    gpu: GpuUuid
-    gi: int | None
-    ci: int | None
-    xid: int
-    count: int
-    first: float
-    last: float
-
-
-class Instance(NamedTuple):
-    """What makes a MIG device the same as before: its UUID can come back on another profile (nvml.md 3.5)."""
-
-    uuid: DeviceId
-    gi: int
-    ci: int
-    profile: str
-
-
-@dataclass(frozen=True, slots=True)
-class Sickness:
-    """Why something is unfit: the XIDs that came, in order, the first at `since` and one more at `last`.
-
-    `device` is the MIG device as it was when the first came; None of a whole GPU. `idle_since` is since when
-    nothing speaks against its recovery; `stays` that it has had its chance.
-    """
-
-    gpu: GpuUuid
-    device: Instance | None
-    xids: tuple[int, ...]
-    since: float
-    last: float
-    idle_since: float | None = None
-    stays: bool = False
-
-    @property
-    def is_contained(self) -> bool:
-        return all(xid(code).is_contained for code in self.xids)
-
-    @property
-    def cause(self) -> str:
-        first, *more = self.xids
-        told = [str(xid(first)), *(f"XID {code}" if code >= 0 else str(xid(code)) for code in more)]
-        return " and ".join((", ".join(told[:-1]), told[-1])) if more else told[0]
-
-    @property
-    def reason(self) -> str:
-        return f"{self.cause}, {self.until}"
-
-    @property
-    def until(self) -> str:
-        if self.stays:
-            return "again within an hour: until a person acts" + (
-                " or it is made anew" if self.device else ""
-            )
-        ways = ["its GPU is reset" if self.device is None else "it is made anew"]
-        ways.append(
-            "nobody has held it for a while" if self.is_contained else "the driver wants nothing done"
-        )
-        return f"until {' or '.join(ways)}"
-
-
-class Sign(NamedTuple):
-    """What the driver has against something, and since when it is seen to."""
-
-    text: str
-    since: float
-
-
-class Past(NamedTuple):
-    """What was sick, by UUID, and of what, until `ended`: shown to people, and acted on by nobody."""
-
-    id: Subject
-    cause: str
-    ended: str
-
-
-@dataclass(frozen=True, slots=True)
-class Recovery:
-    """That something got well, and of what."""
-
-    at: float
-    sickness: Sickness
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """Something fell sick or got well: a sentence for the log."""
-
-    subject: Subject
-    gpu: GpuUuid
-    sick: bool
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +117,7 @@ def fold(
         return health, ()
     gpus, reloaded = _known(health, inventory), _was_reloaded(health, inventory)
     before_now = {} if reloaded else health.errors
-    errors = dict(_errors(before_now, inventory, gpus))
+    errors = dict(signs_of.errors(before_now, inventory, gpus))
     reset = {id_ for id_, count in errors.items() if count < before_now.get(id_, 0)}
     sick: dict[Subject, Sickness] = {}
     recovered = {
@@ -233,7 +144,7 @@ def fold(
         changes.append(Change(id_, before.gpu, sick=False, reason=f"{well}; was {before.reason}"))
 
     counts, ask_after = dict(health.counts), health.ask_after
-    for fault in (*faults, *_grown(before_now, errors, inventory, scene.now)):
+    for fault in (*faults, *signs_of.grown(before_now, errors, inventory, scene.now)):
         if fault.xid != UNCORRECTED_ECC:
             code = fault.xid if fault.xid in TABLE else UNLISTED
             counts[code] = counts.get(code, 0) + fault.count
@@ -248,8 +159,8 @@ def fold(
             if known is None:
                 changes.append(Change(id_, fault.gpu, sick=True, reason=sick[id_].reason))
 
-    signs = dict(_complaints(health, gpus, scene.now)) if checks.signs else {}
-    changes += _changed_signs(health, signs, gpus)
+    signs = dict(signs_of.complaints(health.signs, health.filed, gpus, scene.now)) if checks.signs else {}
+    changes += signs_of.changes(health.signs, signs, (*health.gpus.values(), *gpus.values()))
     answering = {gpu.uuid for gpu in inventory.gpus}
     lost = {gpu.uuid for gpu in inventory.broken if gpu.lost and gpu.uuid is not None}
     now = Health(
@@ -259,7 +170,7 @@ def fold(
         counts,
         gpus,
         lost=frozenset((health.lost & gpus.keys() | lost) - answering),
-        filed=frozenset(_filed(health, gpus)),
+        filed=frozenset(signs_of.filed(health.filed, gpus)),
         errors=errors,
         ask_after=ask_after,
         driver=inventory.driver_version,
@@ -386,15 +297,11 @@ def _is_over(sickness: Sickness, inventory: Inventory, gpus: Mapping[GpuUuid, Gp
         return not _may_be_broken(sickness.gpu, inventory)
     if sickness.device is None:
         return False
-    return all(_instance(device) != sickness.device for device in gpu.devices)
+    return all(instance_of(device) != sickness.device for device in gpu.devices)
 
 
 def _may_be_broken(gpu: GpuUuid, inventory: Inventory) -> bool:
     return any(broken.uuid in {None, gpu} for broken in inventory.broken)
-
-
-def _instance(device: MigDevice) -> Instance:
-    return Instance(device.uuid, device.gi, device.ci, device.profile)
 
 
 def _rest(sickness: Sickness, scene: Scene, gpus: Mapping[GpuUuid, Gpu]) -> Sickness:
@@ -462,7 +369,7 @@ def _concerned(
     if fault.gi is None or xid(fault.xid).concerns_gpu or (gpu is not None and not gpu.mig_enabled):
         return [(fault.gpu, None)]
     return [
-        (device.uuid, _instance(device))
+        (device.uuid, instance_of(device))
         for device in (gpu.devices if gpu is not None else ())
         if device.gi == fault.gi and fault.ci in {None, device.ci}
     ]
@@ -475,68 +382,3 @@ def _worse(before: Sickness | None, fault: Fault, device: Instance | None, *, st
     if fault.xid not in xids and len(xids) < MOST_XIDS_TOLD:
         xids = (*xids, fault.xid)
     return replace(before, xids=xids, last=max(before.last, fault.last), idle_since=None)
-
-
-def _counted(gpu: Gpu) -> Iterable[tuple[Subject, int | None, int | None, int | None]]:
-    """Of which instance of `gpu`, or of itself, the driver counts how many uncorrected memory errors."""
-    yield gpu.uuid, None, None, gpu.signs.uncorrected
-    for device in gpu.devices:
-        yield device.uuid, device.gi, device.ci, device.uncorrected
-
-
-def _errors(
-    before: Mapping[Subject, int], inventory: Inventory, gpus: Mapping[GpuUuid, Gpu]
-) -> Iterable[tuple[Subject, int]]:
-    """What is counted now, and of GPUs that do not answer what was."""
-    answering = {gpu.uuid for gpu in inventory.gpus}
-    for uuid, gpu in gpus.items():
-        for id_, _, _, told in _counted(gpu):
-            count = told if uuid in answering else before.get(id_)
-            if count is not None:
-                yield id_, count
-
-
-def _grown(
-    before: Mapping[Subject, int], errors: Mapping[Subject, int], inventory: Inventory, now: float
-) -> Iterable[Fault]:
-    for gpu in inventory.gpus:
-        for id_, gi, ci, _ in _counted(gpu) if gpu.signs.action is None else ():
-            more = errors.get(id_, 0) - before.get(id_, errors.get(id_, 0))
-            if more > 0:
-                yield Fault(gpu.uuid, gi, ci, UNCORRECTED_ECC, more, now, now)
-
-
-def _complaints(health: Health, gpus: Mapping[GpuUuid, Gpu], now: float) -> Iterable[tuple[Subject, Sign]]:
-    found: dict[Subject, str] = {}
-    for gpu in gpus.values():
-        if gpu.signs.complaint:
-            found[gpu.uuid] = gpu.signs.complaint
-        for device in gpu.devices:
-            if device.files is False and _instance(device) in health.filed:
-                found[device.uuid] = "its capability files are gone: no container could open it"
-    for id_, text in found.items():
-        known = health.signs.get(id_)
-        yield id_, Sign(text, now if known is None else known.since)
-
-
-def _filed(health: Health, gpus: Mapping[GpuUuid, Gpu]) -> Iterable[Instance]:
-    for gpu in gpus.values():
-        for device in gpu.devices:
-            if device.files or _instance(device) in health.filed:
-                yield _instance(device)
-
-
-def _changed_signs(
-    health: Health, after: Mapping[Subject, Sign], gpus: Mapping[GpuUuid, Gpu]
-) -> Iterable[Change]:
-    before = health.signs
-    owners = {
-        device.uuid: gpu.uuid for gpu in (*health.gpus.values(), *gpus.values()) for device in gpu.devices
-    }
-    for id_ in sorted(before.keys() | after.keys()):
-        old, new = before.get(id_), after.get(id_)
-        gpu = owners.get(DeviceId(id_), GpuUuid(id_))
-        if new is not None and (old is None or old.text != new.text):
-            yield Change(id_, gpu, sick=True, reason=new.text)
-        elif old is not None and new is None:
-            yield Change(id_, gpu, sick=False, reason=f"no longer said: {old.text}")

@@ -8,8 +8,9 @@ something to every process until the machine starts again, and then the document
 from collections.abc import Mapping
 from typing import Any
 
-from migplugin.core.health import Health, Instance, Past, Recovery, Sickness, Subject
+from migplugin.core.health import Health
 from migplugin.core.inventory import DeviceId, GpuUuid
+from migplugin.core.sickness import Instance, Past, Recovery, Sickness, Subject
 
 VERSION = 1
 

@@ -19,8 +19,8 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from migplugin.aio import Bell, Mailbox, OwnerThread
-from migplugin.core.health import Fault
 from migplugin.core.inventory import GpuUuid, Inventory
+from migplugin.core.sickness import Fault
 from migplugin.errors import DriverError, DriverTimeout, LibraryOutdated
 from migplugin.nvml import binding
 from migplugin.nvml.events import EventThread, Patience, Registration, Scope, merge

@@ -17,8 +17,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from migplugin.aio import Mailbox
-from migplugin.core.health import Fault
 from migplugin.core.inventory import GpuUuid
+from migplugin.core.sickness import Fault
 from migplugin.errors import DriverError, LibraryOutdated
 from migplugin.nvml import binding
 from migplugin.nvml.binding import DOUBLE_BIT_ECC, MIG_CONFIG_CHANGE, XID_CRITICAL, Handle

@@ -15,8 +15,9 @@ from migplugin.agentapi import client, server
 from migplugin.agentapi.document import encode
 from migplugin.agentapi.server import ControlSocket
 from migplugin.core.decide import World, decide
-from migplugin.core.health import Cleared, Health, Sickness
+from migplugin.core.health import Cleared, Health
 from migplugin.core.inventory import GpuUuid
+from migplugin.core.sickness import Sickness
 from migplugin.core.status import Status, status
 from migplugin.errors import AgentError, InputError
 from tests.core.examples import SEVENTHS, inventory, usage

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from migplugin.control.healthfile import HealthFile
-from migplugin.core.health import Health, Instance, Recovery, Sickness
+from migplugin.core.health import Health
 from migplugin.core.inventory import DeviceId, GpuUuid
+from migplugin.core.sickness import Instance, Recovery, Sickness
 
 GPU = GpuUuid("GPU-0")
 ONE = Sickness(GPU, Instance(DeviceId("MIG-a"), 3, 0, "1g.5gb"), (94, 48), 5.0, 8.0)

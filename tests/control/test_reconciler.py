@@ -14,10 +14,11 @@ from migplugin.control.ports import Readiness
 from migplugin.control.reconciler import DEBOUNCE, FAULTS_AGAIN, Pace, Reconciler
 from migplugin.core.allocation import EditOptions
 from migplugin.core.decide import Options, Source, Usage
-from migplugin.core.health import Fault, Health
+from migplugin.core.health import Health
 from migplugin.core.inventory import Inventory
 from migplugin.core.resource import Device, of_profile
 from migplugin.core.sharing import Shared, TimeSlicing
+from migplugin.core.sickness import Fault
 from migplugin.errors import DriverError, InputError
 from tests.core.examples import ASSORTED, SEVENTHS, inventory
 

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from migplugin.core.decide import Memory, Options, Source, Usage, World, decide
-from migplugin.core.health import Fault
 from migplugin.core.inventory import BrokenGpu, DeviceId, Gpu, GpuUuid, Inventory, MigDevice, Placement, Signs
 from migplugin.core.resource import GPU, ResourceName, Strategy
 from migplugin.core.sharing import Shared, TimeSlicing
+from migplugin.core.sickness import Fault
 
 MIG_1G = ResourceName("nvidia.com/mig-1g.5gb")
 MIG_2G = ResourceName("nvidia.com/mig-2g.10gb")

@@ -8,8 +8,6 @@ from migplugin.core.health import (
     BELIEVED_AFTER,
     LOOK_EVERY,
     RELAPSE_WITHIN,
-    Change,
-    Fault,
     Health,
     Scene,
     awaits_release,
@@ -21,6 +19,7 @@ from migplugin.core.health import (
 )
 from migplugin.core.health_record import record, restore
 from migplugin.core.inventory import BrokenGpu, DeviceId, Gpu, GpuUuid, Inventory, Signs
+from migplugin.core.sickness import Change, Fault
 from migplugin.core.xid import Checks
 from migplugin.errors import InputError
 from tests.core.examples import ASSORTED, SEVENTHS, gpu, inventory, uuid

@@ -7,9 +7,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from migplugin.core.health import BELIEVED_AFTER, RELAPSE_WITHIN, Fault, Health, Scene, fold
+from migplugin.core.health import BELIEVED_AFTER, RELAPSE_WITHIN, Health, Scene, fold
 from migplugin.core.health_record import record, restore
 from migplugin.core.inventory import BrokenGpu, DeviceId, Gpu, Inventory, Signs
+from migplugin.core.sickness import Fault
 from migplugin.core.xid import Checks
 from tests.core.examples import gpu
 

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 
 from migplugin.core.decide import Memory, Options, Source, Usage, World, decide
-from migplugin.core.health import Fault
 from migplugin.core.inventory import BrokenGpu, Gpu, GpuUuid, Inventory, Signs
 from migplugin.core.picture import draw
 from migplugin.core.resource import ResourceName, Strategy
+from migplugin.core.sickness import Fault
 from migplugin.core.status import AgentFacts, Status, status
 from tests.core.examples import A30_24GB, ASSORTED, RTX_PRO, SEVENTHS, gpu, inventory, key, usage, uuid
 

@@ -8,9 +8,10 @@ import msgspec
 import pytest
 
 from migplugin.core.decide import Memory, Options, Source, Usage, World, decide
-from migplugin.core.health import Fault, Health, Instance
+from migplugin.core.health import Health
 from migplugin.core.inventory import BrokenGpu, DeviceId, Gpu, GpuUuid, Inventory, Placement, Signs
 from migplugin.core.resource import ResourceName, Strategy
+from migplugin.core.sickness import Fault, Instance
 from migplugin.core.status import SCHEMA, UNTIL_UNSAID, AgentFacts, DeviceStatus, Status, fits, status
 from tests.core.examples import A30_24GB, ASSORTED, RTX_PRO, SEVENTHS, gpu, inventory, key, usage, uuid
 
