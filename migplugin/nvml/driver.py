@@ -129,7 +129,7 @@ class Driver:
         self._owner.close()
 
     def _look(self, processes_of: AbstractSet[str], *, suspect: bool) -> Inventory:
-        complete = False
+        complete, began = False, time.monotonic()
         try:
             self._snapshots.processes_of = processes_of
             inventory = self._read(suspect=suspect)
@@ -139,6 +139,8 @@ class Driver:
             # look that hung until after the end has nobody left who would end its session.
             if not complete:
                 self._close()
+            if time.monotonic() >= began + self._deadline:
+                self._news_bell()  # who asked has given up by now, and would not ask again for a while
         return inventory
 
     def _read(self, *, suspect: bool) -> Inventory:

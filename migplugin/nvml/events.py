@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 WAIT_MS = 1000
 LIVELY_WAIT_MS, LIVELY_FOR = 50, 1.0
+HUNG_AFTER = 1.0
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 GIVE_UP_AFTER = 2.0
 MOST_LEFT_OVER = 10_000
@@ -168,11 +169,9 @@ class EventThread:
         pause = lively_until = 0.0
         while not self._stop.wait(pause):
             lively = time.monotonic() < lively_until
-            self._entered = time.monotonic()
             try:
-                event = binding.wait(self._events, min(LIVELY_WAIT_MS, WAIT_MS) if lively else WAIT_MS)
+                event = self._wait(min(LIVELY_WAIT_MS, WAIT_MS) if lively else WAIT_MS)
             except DriverError as exc:
-                self._entered = None
                 if self._stop.is_set():
                     return
                 self.failing = True
@@ -183,13 +182,21 @@ class EventThread:
                     self._on_geometry()
                 pause = self._patience.pause
                 continue
-            self._entered = None
             self.failing = False
             self._patience.worked()
             pause = 0.0
             if event is not None:
                 lively_until = time.monotonic() + LIVELY_FOR
                 self._carry(event)
+
+    def _wait(self, wait_ms: int) -> binding.Event | None:
+        self._entered = began = time.monotonic()
+        try:
+            return binding.wait(self._events, wait_ms)
+        finally:
+            self._entered = None
+            if time.monotonic() > began + WAIT_MS / 1000 + HUNG_AFTER:
+                self._on_news()  # who takes the driver for dead by now would not ask again for a while
 
     def _carry(self, event: binding.Event) -> None:
         if event.kind == MIG_CONFIG_CHANGE:

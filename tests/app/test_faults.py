@@ -39,7 +39,18 @@ async def test_a_hung_driver_changes_nothing_and_allocate_answers_throughout(mac
     await node.until(lambda _: node.allocatable("1g.5gb") == 0)
     assert node.kubelet.capacity(MIG) == 3, "losing sight of the driver shortens no list"
     node.change(lambda made: setattr(made.switches, "hang", []))
-    await node.until(lambda _: node.allocatable("1g.5gb") == 3, timeout=20.0)
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3, timeout=3.0)
+
+
+async def test_a_wait_for_events_that_hangs_is_noticed_and_so_is_its_end(machine: Start) -> None:
+    node = await machine("1xa100-40gb=1g.5gb*3")
+    agent = await node.serve("--nvml-timeout=1s", "--driver-grace=2s")
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3)
+    node.change(lambda made: setattr(made.switches, "hang", ["nvmlEventSetWait_v2"]))
+    await agent.until_said("the driver does not answer, will try again")
+    await node.until(lambda _: node.allocatable("1g.5gb") == 0)
+    node.change(lambda made: setattr(made.switches, "hang", []))
+    await node.until(lambda _: node.allocatable("1g.5gb") == 3, timeout=3.0)
 
 
 async def test_a_hung_driver_holds_back_neither_the_end_nor_its_time(machine: Start) -> None:
