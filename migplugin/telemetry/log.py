@@ -62,12 +62,12 @@ class Writer(logging.Handler):
 
     def _run(self) -> None:
         while (record := self._records.get()) is not None:
-            self._write(record)
-            if self._lost and self._records.empty():
+            # Said once something can be written again: else the line that says so would be the next one lost.
+            if self._write(record) and self._lost and self._records.empty():
                 lost, self._lost = self._lost, 0
                 log.warning("log lines were lost, nobody read them", extra={"lost": lost})
 
-    def _write(self, record: logging.LogRecord) -> None:
+    def _write(self, record: logging.LogRecord) -> bool:
         try:
             line = self.format(record)
         except Exception as exc:  # noqa: BLE001  a line that cannot be put into words is no reason to fall silent
@@ -79,6 +79,8 @@ class Writer(logging.Handler):
                 rest = rest[os.write(self._descriptor, rest) :]
         except OSError:
             self._lost += 1
+            return False
+        return True
 
 
 def _is_no_farewell(record: logging.LogRecord) -> bool:

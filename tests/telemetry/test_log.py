@@ -117,6 +117,19 @@ def test_a_full_disk_under_the_log_changes_no_exit_code(*, buffered: bool) -> No
     assert done.returncode == 4
 
 
+def test_a_stderr_that_takes_nothing_is_not_told_so_for_ever() -> None:
+    code = (
+        "import logging, os, threading; from migplugin.telemetry.log import configure\n"
+        "configure('info', 'text'); tried, failed = [], threading.Event()\n"
+        "def fail(*_):\n"
+        "    tried.append(1); failed.set(); raise OSError(28, 'No space left on device')\n"
+        "os.write = fail\n"
+        "logging.getLogger('m').info('line'); failed.wait(5); logging.shutdown(); print(len(tried))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+
+
 def environment(*, buffered: bool) -> dict[str, str]:
     left = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return left if buffered else {**left, "PYTHONUNBUFFERED": "1"}
